@@ -1,0 +1,56 @@
+# Everything a developer or CI runs. `make check` is the gate: green there is green everywhere.
+
+PYTHON ?= python3
+BIN := .venv/bin
+JSON ?=
+# The adapter is tested against this mlx-lm too: its cache interface differs from the one that is installed.
+OLD_MLX_LM := mlx-lm==0.31.3
+OLD_MLX_LM_DIR := .venv/mlx-lm-0.31
+
+.PHONY: setup check lint fix test bench demo proto lock clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml clients/python/pyproject.toml clients/mlx_lm/pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; sys.exit("kvcached needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e clients/python -e clients/mlx_lm -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLD_MLX_LM_DIR) $(OLD_MLX_LM)
+	touch $@
+
+# Style, types, import contracts and the quick tests. `make test` runs the slow ones too, on both versions of mlx-lm.
+check: lint
+	$(BIN)/pytest -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup
+	$(BIN)/pytest
+	PYTHONPATH=$(OLD_MLX_LM_DIR) $(BIN)/pytest tests/mlx_lm
+
+demo: setup
+	$(BIN)/python bench/demo.py $(if $(JSON),--json $(JSON))
+
+# Also the demo, so that all figures in the README are of the same day.
+bench: setup
+	$(BIN)/python bench/demo.py --json bench/results/demo.json
+	$(BIN)/python bench/first_light.py --json bench/results/first_light.json
+	$(BIN)/python bench/tables.py
+
+proto: setup
+	$(BIN)/python tests/generate_proto.py
+
+# Writes the versions in use to constraints.txt.
+lock: setup
+	$(BIN)/pip freeze --exclude-editable | grep -v '^mlx-metal' > constraints.txt
+
+clean:
+	rm -rf .venv

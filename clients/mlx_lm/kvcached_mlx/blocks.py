@@ -1,0 +1,136 @@
+"""Prompt caches to blocks and back: cut into blocks of tokens, dense layers together, everything else opaque.
+
+    layers.<i>.<part>         opaque, a row for each token: cut into blocks like dense layers
+    state.layers.<i>.<part>   opaque, as it is after the last token: only in a block that ends there
+
+What does not fit the ModelSpec is refused with a reason, never stored in another shape.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kvcached_client import ROOT, Block, ModelSpec
+
+from . import tree
+from .tree import UnsupportedCacheError
+
+_TOKEN_AXIS = 2
+
+
+def to_blocks(
+    spec: ModelSpec,
+    token_ids: Sequence[int],
+    hashes: Sequence[bytes],
+    cache: Sequence[Any],
+    wanted: Callable[[bytes], bool] = lambda _hash: True,
+) -> list[Block]:
+    """The full blocks of a prompt cache that holds exactly `token_ids`; copies, on the thread that calls.
+
+    hashes: of the full blocks. wanted: which of them to take. The rest after the last full block is left out.
+
+    Raises:
+        UnsupportedCacheError: the cache is not what the spec describes, does not hold these tokens, or has state that
+            is not at the end of a block.
+    """
+    tokens, state = _named_arrays(spec, cache)
+    for name, array in tokens.items():
+        if array.shape[_TOKEN_AXIS] != len(token_ids):
+            raise UnsupportedCacheError(f"{name} holds {array.shape[_TOKEN_AXIS]} tokens, {len(token_ids)} were named")
+    if state and len(token_ids) % spec.block_size:
+        raise UnsupportedCacheError(
+            f"state after {len(token_ids)} tokens is not at the end of a block of {spec.block_size}"
+        )
+    mx.eval(list(tokens.values()), list(state.values()))
+    tokens_np = {name: tree.to_numpy(array)[0] for name, array in tokens.items()}
+    state_np = {name: tree.to_numpy(array) for name, array in state.items()}
+    blocks = []
+    for index, block_hash in enumerate(hashes):
+        is_last = bool(state) and index == len(hashes) - 1
+        if is_last or wanted(block_hash):  # what is held of the last block may lack the state
+            start, stop = index * spec.block_size, (index + 1) * spec.block_size
+            tensors = _join_dense(spec, {name: array[:, start:stop] for name, array in tokens_np.items()})
+            blocks.append(
+                Block(
+                    block_hash=block_hash,
+                    parent_hash=hashes[index - 1] if index else ROOT,
+                    index=index,
+                    token_ids=token_ids[start:stop],
+                    tensors=tensors | (state_np if is_last else {}),
+                    first_position=start,
+                    boundary=is_last,
+                )
+            )
+    return blocks
+
+
+def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: Sequence[Any]) -> None:
+    """Fills a fresh prompt cache with consecutive blocks from the first one on. Inverse of `to_blocks`.
+
+    Raises:
+        UnsupportedCacheError: the blocks do not make a cache of this model.
+    """
+    n_tokens = len(blocks) * spec.block_size
+    per_block = [_split_dense(spec, block.tensors) for block in blocks]
+    try:
+        arrays: dict[str, Any] = {
+            name: tree.to_mlx(np.concatenate([tensors[name] for tensors in per_block], axis=_TOKEN_AXIS - 1)[None])
+            for name in per_block[-1]
+            if not name.startswith("state.")
+        }
+        arrays |= {
+            name.removeprefix("state."): tree.to_mlx(array)
+            for name, array in per_block[-1].items()
+            if name.startswith("state.")
+        }
+        for i, entry in enumerate(cache):
+            prefix = f"layers.{i}."
+            parts = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            tree.fill(entry, parts, n_tokens)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UnsupportedCacheError(f"the blocks do not make a cache of this model: {error!r}") from None
+    mx.eval(list(arrays.values()))
+
+
+def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, tree.Arrays]:
+    """Token and state tensors of all layers by their names on the wire, checked against the spec."""
+    if len(cache) != len(spec.layers):
+        raise UnsupportedCacheError(f"a cache of {len(cache)} layers, the model has {len(spec.layers)}")
+    tokens: tree.Arrays = {}
+    state: tree.Arrays = {}
+    for i, (entry, layer) in enumerate(zip(cache, spec.layers, strict=True)):
+        entry_tokens, entry_state = tree.read(entry)
+        if not layer.opaque:
+            _check_dense(spec, i, entry_tokens)
+        tokens |= {f"layers.{i}.{name}": array for name, array in entry_tokens.items()}
+        state |= {f"state.layers.{i}.{name}": array for name, array in entry_state.items()}
+    batches = {array.shape[0] for array in tokens.values()}
+    if batches - {1}:
+        raise UnsupportedCacheError(f"a cache of one sequence is expected, got batches of {sorted(batches)}")
+    return tokens, state
+
+
+def _check_dense(spec: ModelSpec, index: int, tokens: Mapping[str, Any]) -> None:
+    layer = spec.layers[index]
+    expected = {name: (layer.n_kv_heads, dim) for name, dim in (("keys", layer.key_dim), ("values", layer.value_dim))}
+    got = {name: (array.shape[1], array.shape[-1]) for name, array in tokens.items()}
+    dtypes = {str(array.dtype).removeprefix("mlx.core.") for array in tokens.values()}
+    if got != expected or dtypes != {spec.kv_dtype}:
+        raise UnsupportedCacheError(f"layer {index} has {got} in {dtypes}, the model {expected} in {spec.kv_dtype}")
+
+
+def _join_dense(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """[heads, tokens, dim] of each dense layer -> "keys" and "values" of all; the others as they are."""
+    dense = [i for i, layer in enumerate(spec.layers) if not layer.opaque]
+    joined = {name: np.stack([tensors[f"layers.{i}.{name}"] for i in dense]) for name in ("keys", "values") if dense}
+    taken = {f"layers.{i}.{name}" for i in dense for name in joined}
+    return joined | {name: np.ascontiguousarray(array) for name, array in tensors.items() if name not in taken}
+
+
+def _split_dense(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inverse of `_join_dense`."""
+    dense = [i for i, layer in enumerate(spec.layers) if not layer.opaque]
+    split = {f"layers.{i}.{name}": tensors[name][at] for at, i in enumerate(dense) for name in ("keys", "values")}
+    return split | {name: array for name, array in tensors.items() if name not in ("keys", "values")}

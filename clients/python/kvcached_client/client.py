@@ -1,0 +1,308 @@
+"""The client that engines use: one model, one namespace, and no exception ever comes from the daemon.
+
+A cache fails open. A daemon that is absent, hung, full or damaged is a miss on the way in and a refusal on the way
+out, within a deadline; after a few failures a circuit breaker stops asking for a while. Thread-safe.
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
+
+from . import tensors
+from ._proto import kvcached_pb2 as pb
+from .breaker import CircuitBreaker
+from .connection import Connection, DaemonError
+from .hashing import chain_hashes
+from .protocol import CHUNK_BYTES, Part, describe_part, read_payload
+from .spec import Fidelity, FidelityKind, ModelSpec, kind_from_proto, kind_to_proto
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One full block of a prompt with its tensors, as an engine hands it over and gets it back.
+
+    tensors: "keys" and "values" of the dense layers, [n_layers, n_kv_heads, block_size, dim]; any others are opaque.
+    token_ids is empty in a block that came from the daemon, which never stores tokens.
+    """
+
+    block_hash: bytes
+    parent_hash: bytes
+    index: int
+    token_ids: Sequence[int]
+    tensors: tensors.Arrays
+    first_position: int
+    boundary: bool = False
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    lineage: FidelityKind = FidelityKind.EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The leading blocks of a prompt that the daemon holds."""
+
+    hashes: tuple[bytes, ...] = ()
+    blocks: tuple[pb.HeldBlock, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(block.n_tokens for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a call may take, in seconds, and how much may be under way, in bytes."""
+
+    match_seconds: float = 2.0
+    get_seconds: float = 60.0
+    put_seconds: float = 120.0
+    in_flight_bytes: int = 64 << 20
+    block_bytes: int = 4 << 30
+
+
+class Client:
+    """Blocks of one model in one namespace. See the module for what it promises."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        namespace: str = "",
+        target: str | None = None,
+        limits: Limits | None = None,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        if problems := spec.problems():
+            raise ValueError(f"not a model that can be registered: {'; '.join(problems)}")
+        self.spec, self.namespace, self.model_id = spec, namespace, spec.model_id
+        self.limits = limits or Limits()
+        self._breaker = breaker or CircuitBreaker()
+        self._connection = Connection(target)
+        self._registered = threading.Event()
+
+    def chain(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Hashes of the full blocks of a prompt, in this client's namespace."""
+        return chain_hashes(token_ids, self.spec.block_size, self.namespace)
+
+    def match(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        floor: FidelityKind = FidelityKind.EXACT,
+        accepts_compacted: bool = False,
+        request_id: str = "",
+    ) -> Match:
+        """How many leading blocks of a chain are held. An empty Match if none are, or nobody answers."""
+        request = pb.MatchRequest(
+            model_id=self.model_id,
+            namespace=self.namespace,
+            block_hashes=hashes,
+            floor=kind_to_proto(floor),
+            accepts_compacted=accepts_compacted,
+            request_id=request_id,
+        )
+        try:
+            with _Attempt(self) as attempt:
+                if attempt.refused or not hashes:
+                    return Match()
+                response = self._connection.call("Match", request, self.limits.match_seconds)
+                n_held = min(len(response.blocks), len(hashes))
+                return Match(tuple(hashes[:n_held]), tuple(response.blocks[:n_held]))
+        except DaemonError as error:
+            log.warning("match failed, taken as a miss: %s", error)
+            return Match()
+
+    def get(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        floor: FidelityKind = FidelityKind.EXACT,
+        accepts_compacted: bool = False,
+        request_id: str = "",
+    ) -> Iterator[Block | None]:
+        """The blocks asked for, in order: exactly one item for each hash, None for one that is not to be had."""
+        request = pb.GetRequest(
+            model_id=self.model_id,
+            namespace=self.namespace,
+            block_hashes=hashes,
+            floor=kind_to_proto(floor),
+            accepts_compacted=accepts_compacted,
+            request_id=request_id,
+        )
+        n_yielded = 0
+        try:
+            with _Attempt(self) as attempt:
+                if not attempt.refused and hashes:
+                    parts = self._connection.get(request, self.limits.get_seconds)
+                    for block_hash in hashes:
+                        yield _read_block(parts, block_hash, self.limits.block_bytes)
+                        n_yielded += 1
+        except (DaemonError, DecodeError, ValueError) as error:
+            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, len(hashes), error)
+        yield from [None] * (len(hashes) - n_yielded)
+
+    def put(self, blocks: Sequence[Block], *, request_id: str = "") -> list[pb.PutResult]:
+        """Stores blocks, parents first, and waits until they are committed: one result for each, refused or not.
+
+        At most `limits.in_flight_bytes` (but one block at least) are sent ahead of their results.
+
+        Raises:
+            ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range.
+        """
+        upload = _Upload(self, blocks, request_id or uuid.uuid4().hex[:16])
+        reason = "nobody answers (circuit breaker is open)"
+        try:
+            with _Attempt(self) as attempt:
+                if not attempt.refused:
+                    for result in self._connection.put(upload.parts(), self.limits.put_seconds):
+                        if not upload.answered(result):
+                            break
+                    reason = "the stream ended without an answer"
+        except DaemonError as error:
+            reason = str(error)
+            log.warning("put failed: %s", error)
+        finally:
+            upload.close()
+        if any(result.code == "FAILED_PRECONDITION" for result in upload.results):
+            self._registered.clear()  # perhaps the daemon lost its store, and the model with it
+        return upload.results + upload.unanswered(reason)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Attempt:
+    """One use of the daemon: asks the breaker, registers the model if need be, and tells the breaker how it went."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.refused = not client._breaker.allows()
+
+    def __enter__(self) -> "_Attempt":
+        if not self.refused and not self._client._registered.is_set():
+            try:
+                request = pb.RegisterModelRequest(spec=self._client.spec.to_proto())
+                self._client._connection.call("RegisterModel", request, self._client.limits.match_seconds)
+                self._client._registered.set()
+            except DaemonError as error:
+                self._report(error)
+                raise
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not self.refused:
+            self._report(error)
+
+    def _report(self, error: BaseException | None) -> None:
+        breaker = self._client._breaker
+        if error is None or isinstance(error, GeneratorExit):  # the latter: a consumer of `get` that had enough
+            breaker.succeeded()
+            return
+        self._client._registered.clear()  # whoever answers next may be another daemon, or one that lost its store
+        if isinstance(error, DaemonError) and not error.is_outage:
+            breaker.succeeded()
+        else:
+            breaker.failed()
+
+
+class _Upload:
+    """The sending side of a Put: headers and data, never more than the window ahead of the results."""
+
+    def __init__(self, client: Client, blocks: Sequence[Block], request_id: str) -> None:
+        self._client, self._request_id = client, request_id
+        self._blocks = blocks
+        self._headers = [self._header(block) for block in blocks]  # here, where the caller can be told
+        self._room = threading.Condition()
+        self._in_flight: list[int] = []  # sizes of what was sent and not answered
+        self._closed = False
+        self.results: list[pb.PutResult] = []
+
+    def parts(self) -> Iterator[Part]:
+        """Runs in a thread of gRPC's."""
+        for block, header in zip(self._blocks, self._headers, strict=True):
+            if not self._wait_for_room(header):
+                return
+            yield header
+            yield from tensors.pieces(block.tensors, CHUNK_BYTES)
+
+    def _header(self, block: Block) -> pb.Header:
+        described = tensors.describe(block.tensors)
+        return pb.Header(
+            model_id=self._client.model_id,
+            namespace=self._client.namespace,
+            block_hash=block.block_hash,
+            parent_hash=block.parent_hash,
+            index=block.index,
+            token_ids=block.token_ids,
+            n_tokens=len(block.token_ids),
+            first_position=block.first_position,
+            fidelity=block.fidelity.to_proto(),
+            lineage=kind_to_proto(block.lineage),
+            boundary=block.boundary,
+            tensors=described,
+            data_bytes=tensors.nbytes(described),
+            request_id=self._request_id,
+        )
+
+    def _wait_for_room(self, header: pb.Header) -> bool:
+        limit = self._client.limits.in_flight_bytes - header.data_bytes
+        with self._room:
+            self._room.wait_for(lambda: self._closed or not self._in_flight or sum(self._in_flight) <= limit)
+            self._in_flight.append(header.data_bytes)
+            return not self._closed
+
+    def answered(self, result: pb.PutResult) -> bool:
+        """Takes a result; False for one that answers nothing."""
+        with self._room:
+            if not self._in_flight:
+                return False
+            self._in_flight.pop(0)
+            self.results.append(result)
+            self._room.notify_all()
+            return True
+
+    def close(self) -> None:
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+
+    def unanswered(self, reason: str) -> list[pb.PutResult]:
+        """Refusals for all blocks that got no result, sent or not."""
+        return [
+            pb.PutResult(block_hash=b.block_hash, outcome=pb.OUTCOME_REFUSED, code="UNAVAILABLE", message=reason)
+            for b in self._blocks[len(self.results) :]
+        ]
+
+
+def _read_block(parts: Iterator[Part], block_hash: bytes, max_bytes: int) -> Block | None:
+    """The next block of a Get stream. Raises ValueError where the stream is not what was asked for."""
+    header = next(parts, None)
+    if not isinstance(header, pb.Header) or header.block_hash != block_hash:
+        raise ValueError(f"expected the header of block {block_hash.hex()}, got {describe_part(header)}")
+    if not header.found:
+        return None
+    problems = tensors.problems(header.tensors)
+    if problems or header.data_bytes != tensors.nbytes(header.tensors) or header.data_bytes > max_bytes:
+        raise ValueError(f"block {block_hash.hex()} has a wrong size or layout: {header.data_bytes} bytes, {problems}")
+    return Block(
+        block_hash=block_hash,
+        parent_hash=header.parent_hash,
+        index=header.index,
+        token_ids=(),
+        tensors=tensors.views(header.tensors, read_payload(parts, header.data_bytes)),
+        first_position=header.first_position,
+        boundary=header.boundary,
+        fidelity=Fidelity.from_proto(header.fidelity),
+        lineage=kind_from_proto(header.lineage),
+    )

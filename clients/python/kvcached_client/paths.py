@@ -1,0 +1,23 @@
+"""Where the daemon listens unless told otherwise: the one thing that it and its clients must guess alike."""
+
+import os
+import sys
+from pathlib import Path
+
+# sizeof(sun_path) - 1. The kernel refuses longer paths with a message that names neither path nor limit.
+MAX_SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+
+
+def default_socket() -> Path:
+    """$KVCACHED_SOCKET_PATH, else a short path of the user's own that survives no reboot."""
+    if named := os.environ.get("KVCACHED_SOCKET_PATH"):
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/kvcached/run/kvcached.sock"
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return (Path(runtime) / "kvcached" if runtime else Path.home() / ".cache/kvcached/run") / "kvcached.sock"
+
+
+def default_target() -> str:
+    """The gRPC target of `default_socket`."""
+    return f"unix:{default_socket()}"

@@ -1,0 +1,5 @@
+"""`python -m kvcached` is the daemon."""
+
+from kvcached.daemon import main
+
+main()

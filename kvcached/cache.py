@@ -1,0 +1,241 @@
+"""put, get, match: the whole policy, one screen each.
+
+Joins the pool (which encodes and decodes) and the store (which keeps). Knows nothing of messages: the border has
+checked what comes in. Futures carry answers, so that a stream can have many blocks under way.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import structlog
+
+from kvcached.block import BlockId, FidelityKind, KVBlock, ModelSpec
+from kvcached.config import Config
+from kvcached.errors import (
+    CorruptFrameError,
+    KvcachedError,
+    PreconditionError,
+    QuotaExceededError,
+    UnsupportedFrameError,
+)
+from kvcached.metrics import Metrics
+from kvcached.pool import Lane, WorkerPool
+from kvcached.records import improves
+from kvcached.store import Store
+from kvcached_client._proto import kvcached_pb2 as pb
+
+log = structlog.get_logger()
+Stored = tuple[pb.Outcome, pb.Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least that a caller accepts, of a block's own fidelity and of what its prefix was computed on."""
+
+    kind: FidelityKind = FidelityKind.EXACT
+    accepts_compacted: bool = False
+
+    def accepts(self, entry: pb.Entry) -> bool:
+        if entry.fidelity.kind == pb.FIDELITY_KIND_COMPACTED and not self.accepts_compacted:
+            return False
+        return min(entry.fidelity.kind, entry.lineage) >= self.kind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claim:
+    """A put under way. `queued`: its commit is queued behind its parent's, or it failed. `done`: the answer."""
+
+    entry: pb.Entry
+    queued: Future[None] = field(default_factory=Future)
+    done: "Future[Stored]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetch:
+    """A block on its way out. The room it takes in memory is given back by `release`, once, when it was sent."""
+
+    block_id: BlockId
+    found: "Future[tuple[pb.Entry, KVBlock] | None]"
+    release: Callable[[], None]
+
+
+class Cache:
+    """The policy of one daemon. Thread-safe."""
+
+    def __init__(self, store: Store, pool: WorkerPool, metrics: Metrics, config: Config) -> None:
+        self.store, self.pool, self.metrics, self.config = store, pool, metrics, config
+        self._models = store.models()
+        self._lock = threading.Lock()  # guards the claims
+        self._claims: dict[BlockId, _Claim] = {}
+
+    # ---- models
+
+    def register(self, spec: ModelSpec) -> bool:
+        """Whether the model was known already."""
+        known = spec.model_id in self._models
+        if not known:
+            self.store.put_model(spec).result()
+            self._models[spec.model_id] = spec
+            log.info("model registered", model=spec.name, model_id=spec.model_id.hex())
+        return known
+
+    def model(self, model_id: bytes) -> ModelSpec:
+        """Raises PreconditionError if the model is not registered."""
+        if spec := self._models.get(model_id):
+            return spec
+        raise PreconditionError(f"unknown model {model_id.hex() or '(empty)'}: register it first")
+
+    def models(self) -> dict[bytes, ModelSpec]:
+        return dict(self._models)
+
+    # ---- the three walks
+
+    def match(self, spec: ModelSpec, block_ids: Sequence[BlockId], floor: Floor) -> list[pb.Entry]:
+        """Entries of the leading blocks that are held and good enough."""
+        entries = list(takewhile(floor.accepts, self.store.chain(block_ids)))
+        self.store.touch(block_ids[: len(entries)])
+        self.metrics.match_tokens.inc(len(block_ids) * spec.block_size)
+        self.metrics.match_hit_tokens.inc(len(entries) * spec.block_size)
+        return entries
+
+    def put(self, block_id: BlockId, entry: pb.Entry, block: KVBlock) -> "Future[Stored]":
+        """Encodes and commits a block, for which room was reserved in `pool.puts`; gives the room back when done.
+
+        Of several puts of one block at once, one is encoded, unless a later one is better. A block whose parent is
+        still under way is committed behind it. The future raises KvcachedError.
+        """
+        claim = _Claim(entry)
+        claim.done.add_done_callback(lambda done: self._put_done(block_id, claim, done))
+        with self._lock:
+            other = self._claims.setdefault(block_id, claim)
+            parent = self._claims.get(BlockId(block_id.model_id, block_id.namespace, entry.parent_hash))
+        if other is not claim and not improves(entry, other.entry):
+            other.done.add_done_callback(lambda done: self._answer(claim, done.exception() or _held(done.result())))
+            return claim.done
+        try:
+            if held := self.store.no_worse(block_id, entry):
+                return self._answer(claim, (pb.OUTCOME_ALREADY_HELD, held))
+            pipeline = self.pool.pipeline(self.model(block_id.model_id))
+            lineage = FidelityKind(entry.lineage)
+            encoded = self.pool.submit(Lane.PUT, pipeline.encode, block_id, block, lineage, self.config.zstd_level)
+        except KvcachedError as error:
+            return self._answer(claim, error)
+
+        def commit(_: object = None) -> None:
+            try:
+                stored = self.store.put(block_id, entry, encoded.result())
+            except (Exception, CancelledError) as error:  # noqa: BLE001 - a claim that is never answered is a hang
+                self._answer(claim, error)
+                return
+            stored.add_done_callback(lambda future: self._answer(claim, future.exception() or future.result()))
+            claim.queued.set_result(None)
+
+        encoded.add_done_callback(lambda _: parent.queued.add_done_callback(commit) if parent else commit())
+        return claim.done
+
+    def get(self, block_id: BlockId, floor: Floor, wait_seconds: float) -> Fetch:
+        """Starts to fetch a block. Raises OverloadedError if there is no room for it in time.
+
+        A miss is a block that is absent, below the floor, or damaged (then it is gone).
+        """
+        entry = self.store.entry(block_id)
+        if entry is None or not floor.accepts(entry):
+            self.metrics.get_blocks.labels("below floor" if entry else "miss").inc()
+            miss: Future[tuple[pb.Entry, KVBlock] | None] = Future()
+            miss.set_result(None)
+            return Fetch(block_id, miss, lambda: None)
+        n_bytes = entry.source_bytes
+        self.pool.gets.take(n_bytes, wait_seconds)
+        self.store.touch([block_id])
+        try:
+            return Fetch(
+                block_id, self.pool.submit(Lane.GET, self._read, block_id), lambda: self.pool.gets.give_back(n_bytes)
+            )
+        except KvcachedError:
+            self.pool.gets.give_back(n_bytes)
+            raise
+
+    # ---- administration
+
+    def delete(self, block_ids: Sequence[BlockId]) -> int:
+        return self.store.delete(block_ids, "deleted").result()
+
+    def reconfigure(self, config: Config) -> Config:
+        """Applies settings that may change while running. Raises PreconditionError for a quota beyond the open file."""
+        if config.quota_bytes > self.store.max_quota_bytes:
+            raise PreconditionError(f"quota_bytes above {self.store.max_quota_bytes} needs a restart")
+        self.config = config
+        self.store.free_floor_bytes = config.free_floor_bytes
+        self.store.quota_bytes = config.quota_bytes
+        self.pool.puts.limit_bytes = self.pool.gets.limit_bytes = config.queue_bytes
+        try:
+            self.store.fit_quota().result()
+        except QuotaExceededError as error:  # what is pinned stays; nothing new comes in until it fits
+            log.warning("the store is larger than its new quota", reason=str(error))
+        return config
+
+    def check(self, frames: bool) -> Iterator[str]:
+        """Problems of the store; with `frames`, every block is decoded too, and bad ones are reported, not removed."""
+        yield from self.store.check()
+        for block_id in self.store.block_ids() if frames else ():
+            try:
+                self.pool.submit(Lane.GET, self._decode, block_id).result()
+            except KvcachedError as error:
+                yield f"block {block_id}: {error}"
+
+    def _put_done(self, block_id: BlockId, claim: _Claim, done: "Future[Stored]") -> None:
+        with self._lock:
+            if self._claims.get(block_id) is claim:
+                del self._claims[block_id]
+        self.pool.puts.give_back(claim.entry.source_bytes)
+        if done.exception():
+            self.metrics.put_blocks.labels("refused").inc()
+            return
+        outcome, stored = done.result()
+        self.metrics.put_blocks.labels(pb.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()).inc()
+        if outcome in (pb.OUTCOME_STORED, pb.OUTCOME_REPLACED):
+            self.metrics.put_source_bytes.inc(stored.source_bytes)
+            self.metrics.put_stored_bytes.inc(stored.stored_bytes)
+
+    def _answer(self, claim: _Claim, answer: Stored | BaseException) -> "Future[Stored]":
+        """Answers a claim, and lets its children go on."""
+        if isinstance(answer, BaseException):
+            claim.done.set_exception(answer)
+        else:
+            claim.done.set_result(answer)
+        if not claim.queued.done():
+            claim.queued.set_result(None)
+        return claim.done
+
+    def _read(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
+        """In a worker: the block, or None if it left in the meantime or cannot be read."""
+        try:
+            found = self._decode(block_id)
+        except CorruptFrameError as error:
+            log.error("corrupt block, removed with its descendants", block=str(block_id), error=str(error))
+            self.metrics.corrupt_blocks.inc()
+            self.store.delete([block_id], "corrupt")
+            found = None
+        except UnsupportedFrameError as error:
+            log.warning("block of another version, left alone", block=str(block_id), error=str(error))
+            found = None
+        self.metrics.get_blocks.labels("hit" if found else "miss").inc()
+        if found:
+            self.metrics.get_source_bytes.inc(found[0].source_bytes)
+        return found
+
+    def _decode(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
+        found = self.store.frame(block_id)
+        if found is None:
+            return None
+        entry, frame = found
+        pipeline = self.pool.pipeline(self.model(block_id.model_id))
+        return entry, pipeline.decode(block_id, frame, max_source_bytes=entry.source_bytes)
+
+
+def _held(stored: Stored) -> Stored:
+    """The answer to a put that joined another one of the same block."""
+    return pb.OUTCOME_ALREADY_HELD, stored[1]

@@ -1,0 +1,122 @@
+"""Every setting, each with one validator, whatever door it comes through: file, environment, flag or gRPC.
+
+Defaults, then the TOML file, then KVCACHED_* variables, then flags; the later wins. A value that is refused is named
+with where it came from, what was expected and what came.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from platformdirs import user_cache_path, user_config_path
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from kvcached.errors import InvalidRequestError, PreconditionError
+from kvcached_client.paths import default_socket
+
+MIB, GIB = 1 << 20, 1 << 30
+ENVIRONMENT_PREFIX = "KVCACHED_"
+
+
+def _live(default: Any, description: str) -> Any:
+    """A setting that may change while the daemon runs."""
+    return Field(default, description=description, json_schema_extra={"live": True})
+
+
+class Config(BaseModel):
+    """The settings of one daemon, checked. Immutable: `updated` makes another."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # behaviour
+    store_path: Path = Field(user_cache_path("kvcached") / "store", description="directory of the store")
+    socket_path: Path = Field(default_socket(), description="unix socket to serve on, in a directory of its own")
+    listen: str = Field("", description="host:port to serve on too, for other machines; there is no authentication")
+    quota_bytes: Annotated[ByteSize, Ge(MIB)] = _live(20 * GIB, "what the store may take on disk")
+    free_floor_bytes: Annotated[ByteSize, Ge(0)] = _live(2 * GIB, "disk space that is left free for others")
+    max_block_bytes: Annotated[ByteSize, Ge(MIB)] = _live(GIB, "largest block that is accepted")
+    drain_seconds: Annotated[float, Ge(0), Le(300)] = Field(10.0, description="time to finish work after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_json: bool = Field(False, description="log lines as JSON")
+
+    # performance
+    workers: Annotated[int, Ge(1), Le(256)] = Field(os.cpu_count() or 1, description="threads that encode and decode")
+    queue_bytes: Annotated[ByteSize, Ge(MIB)] = _live(512 * MIB, "blocks in memory on their way in, and as many out")
+    zstd_level: Annotated[int, Ge(1), Le(19)] = _live(1, "effort of lossless compression")
+
+    def updated(self, changes: Mapping[str, Any]) -> "Config":
+        """These settings with changes, checked as at the start.
+
+        Raises:
+            InvalidRequestError: no such setting, or a value out of range.
+            PreconditionError: a setting that only a restart can change.
+        """
+        config = _validated({**self.model_dump(), **changes}, dict.fromkeys(changes, "SetConfig"))
+        for name in changes:
+            if not is_live(name):
+                raise PreconditionError(f"{name} can only be changed by a restart")
+        return config
+
+    def items(self) -> list[tuple[str, str]]:
+        """Names and values, as text that the validators accept."""
+        return [(name, str(value)) for name, value in self.model_dump(mode="json").items()]
+
+
+def is_live(name: str) -> bool:
+    extra = Config.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("live"))
+
+
+def describe(name: str) -> str:
+    return Config.model_fields[name].description or ""
+
+
+def default_file() -> Path:
+    return user_config_path("kvcached") / "config.toml"
+
+
+def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, file: Path | None = None) -> Config:
+    """The settings from all doors. `file` must exist if it is given.
+
+    Raises:
+        InvalidRequestError: the file is not TOML, a name is unknown, or a value is out of range.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for content, origin in ((_read(file), str(file or default_file())), (_of_environment(environment), "environment")):
+        values |= content
+        origins |= dict.fromkeys(content, origin)
+    values |= flags
+    origins |= dict.fromkeys(flags, "flag")
+    return _validated(values, origins)
+
+
+def _read(file: Path | None) -> dict[str, Any]:
+    path = file or default_file()
+    if file is None and not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"the configuration file {path} cannot be read: {error}") from None
+
+
+def _of_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    names = {ENVIRONMENT_PREFIX + name.upper(): name for name in Config.model_fields}
+    return {names[variable]: value for variable, value in environment.items() if variable in names}
+
+
+def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        complaints = []
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            known = "" if name in Config.model_fields else f"; settings are {', '.join(Config.model_fields)}"
+            origin = origins.get(name, "default")
+            complaints.append(f"{name} ({origin}): {detail['msg']}, got {detail['input']!r}{known}")
+        raise InvalidRequestError("; ".join(complaints)) from None

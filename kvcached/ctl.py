@@ -1,0 +1,158 @@
+"""kvcachedctl: the operator's tool. Talks to the daemon; never opens the store itself.
+
+Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no daemon.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from humanize import naturalsize
+from rich.console import Console
+from rich.table import Table
+
+from kvcached import __version__
+from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client.connection import Connection, DaemonError
+from kvcached_client.paths import default_socket
+
+FAILED, NO_DAEMON = 1, 3
+_CHECK_SECONDS = 3600.0
+
+
+def _asks_daemon(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns failed calls into messages and exit codes."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except DaemonError as error:
+            target = click.get_current_context().obj.target
+            if error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                click.echo(f"no daemon answers on {target}: {error.message}", err=True)
+                sys.exit(NO_DAEMON)
+            click.echo(f"the daemon on {target} refused: {error}", err=True)
+            sys.exit(FAILED)
+
+    return run
+
+
+@click.group(help="Shows and steers a running kvcached daemon.")
+@click.version_option(__version__)
+@click.option(
+    "--target",
+    envvar="KVCACHED_TARGET",
+    default=lambda: f"unix:{default_socket()}",
+    show_default="the default socket",
+    help="where the daemon listens: unix:PATH or HOST:PORT",
+)
+@click.pass_context
+def main(context: click.Context, target: str) -> None:
+    context.obj = context.with_resource(Connection(target))
+
+
+@main.command(help="What the daemon holds and does.")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.pass_obj
+@_asks_daemon
+def status(connection: Connection, as_json: bool) -> None:
+    response = connection.call("Status", pb.StatusRequest())
+    if as_json:
+        click.echo(json.dumps(_as_dict(response), indent=2))
+    else:
+        _print_status(response)
+
+
+@main.command(help="Verifies the store's invariants. Exit code 1 if any is broken.")
+@click.option("--frames", is_flag=True, help="decode every block too (reads the whole store)")
+@click.option("--json", "as_json", is_flag=True, help="print JSON")
+@click.pass_obj
+@_asks_daemon
+def check(connection: Connection, frames: bool, as_json: bool) -> None:
+    response = connection.call("Check", pb.CheckRequest(frames=frames), timeout=_CHECK_SECONDS)
+    if as_json:
+        click.echo(json.dumps(_as_dict(response), indent=2))
+    else:
+        for problem in response.problems:
+            click.echo(problem)
+        decoded = f", {response.n_frames_decoded} frames decoded" if frames else ""
+        click.echo(f"{len(response.problems)} problems in {response.n_blocks} blocks{decoded}")
+    sys.exit(FAILED if response.problems else 0)
+
+
+def _as_dict(message: Any) -> dict[str, Any]:
+    """Field names as in the protocol, hashes in hexadecimal, 64-bit numbers as numbers, all fields present."""
+    content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return {str(name): _plain(getattr(message, name, None), value) for name, value in content.items()}
+
+
+def _plain(source: Any, value: Any) -> Any:
+    """protobuf's JSON writes 64-bit integers as strings and bytes in base64; people and scripts want neither."""
+    if isinstance(source, bytes):
+        return source.hex()
+    if isinstance(source, int) and isinstance(value, str) and value.lstrip("-").isdigit():
+        return int(value)
+    if isinstance(value, dict) and hasattr(source, "DESCRIPTOR"):
+        return {name: _plain(getattr(source, name), item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(element, item) for element, item in zip(source, value, strict=True)]
+    return value
+
+
+def _print_status(response: pb.StatusResponse) -> None:
+    store, pool, counters = response.store, response.pool, response.counters
+    asked, hit = counters["match_tokens_total"], counters["match_hit_tokens_total"]
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    rows = {
+        "daemon": f"kvcached {response.version}, pid {response.pid}, up {response.uptime_seconds:,.0f} s",
+        "socket": response.socket_path,
+        "store": store.path,
+        "blocks": f"{store.n_blocks:,} ({store.n_tokens:,} tokens)",
+        "bytes": f"{_size(store.source_bytes)} in {_size(store.stored_bytes)} on disk, "
+        f"compression {_ratio(store.source_bytes, store.stored_bytes)}",
+        "quota": f"{_size(store.used_bytes)} of {_size(store.quota_bytes)} used, "
+        f"file {_size(store.file_bytes)}, {_size(store.free_disk_bytes)} free on disk",
+        "hit rate": f"{_percent(hit, asked)} ({hit:,.0f} of {asked:,.0f} tokens since start)",
+        "queue": f"{pool.n_jobs} jobs, {_size(pool.put_bytes)} in and {_size(pool.get_bytes)} out "
+        f"of {_size(pool.limit_bytes)} each, {pool.n_workers} workers",
+    }
+    for name, value in [*rows.items(), *(("moved aside", moved) for moved in store.set_aside)]:
+        summary.add_row(f"[bold]{name}[/]", value)
+    console = Console()
+    console.print(summary)
+    if response.models:
+        console.print(_model_table(response))
+
+
+def _model_table(response: pb.StatusResponse) -> Table:
+    table = Table("model", "id", "fidelity", "blocks", "tokens", "source", "stored", "compression")
+    for model in response.models:
+        for kept in model.fidelities or [pb.FidelityStatus()]:
+            table.add_row(
+                model.spec.name,
+                model.model_id.hex()[:12],
+                pb.FidelityKind.Name(kept.kind).removeprefix("FIDELITY_KIND_") if kept.kind else "-",
+                f"{kept.n_blocks:,}",
+                f"{kept.n_tokens:,}",
+                _size(kept.source_bytes),
+                _size(kept.stored_bytes),
+                _ratio(kept.source_bytes, kept.stored_bytes),
+            )
+    return table
+
+
+def _ratio(source_bytes: int, stored_bytes: int) -> str:
+    return f"{source_bytes / stored_bytes:.2f}x" if stored_bytes else "-"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _size(n_bytes: int) -> str:
+    return naturalsize(n_bytes, binary=True)

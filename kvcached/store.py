@@ -1,0 +1,301 @@
+"""Frames and what we know of them, in LMDB. One process, one writer thread; tools go through the daemon.
+
+Every change to a block is one transaction: payload, entry, recency, children and totals together, so that a crash
+leaves all or nothing. Reads never write: recency is noted in memory, and goes to disk with the next transaction.
+Frames are copied out, for LMDB's bytes are only valid inside a transaction, and a pinned reader makes the file grow.
+
+Invariants (see audit.py): every block's parent is there; recency holds each block once; totals equal sums; each payload
+belongs to one entry; pages in use stay within the quota. A block is only ever removed with its descendants.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+
+from kvcached import layout
+from kvcached.audit import audit
+from kvcached.block import BlockId, ModelSpec
+from kvcached.errors import QuotaExceededError
+from kvcached.eviction import choose
+from kvcached.layout import RECORD_BYTES, Tables, Totals, block_key
+from kvcached.records import Records
+from kvcached.store_files import StoreFiles, StoreLock
+from kvcached.writer import GroupWriter
+from kvcached_client._proto import kvcached_pb2 as pb
+
+PIN_FOREVER = (1 << 63) - 1
+_MIN_SLACK_BYTES = 16 << 20  # of the map above the quota: trees, free list, copies on write
+_AHEAD = 128  # part of the quota that an eviction frees beyond what is needed, so that not every put evicts
+_MAX_TOUCHED = 8192  # noted in memory before they are written for their own sake
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Bytes of the store on its disk."""
+
+    used_bytes: int  # pages that hold something
+    file_bytes: int  # the file, with the pages it can reuse
+    free_disk_bytes: int
+
+
+class Store:
+    """The store of one daemon. Thread-safe. Raises StoreError if another daemon holds it."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        quota_bytes: int,
+        free_floor_bytes: int = 0,
+        holder: str = "",
+        on_evicted: Callable[[int], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = path
+        self.quota_bytes, self.free_floor_bytes = quota_bytes, free_floor_bytes
+        self._lock = StoreLock(path, holder)
+        self._files = StoreFiles(path)
+        self._map_bytes = max(quota_bytes * 5 // 4, quota_bytes + _MIN_SLACK_BYTES)
+        self._env, self._tables = self._open()
+        self._page_bytes: int = self._env.stat()["psize"]
+        self._split_bytes = 2 * len(layout.TABLES) * self._page_bytes  # pages that trees may grow by in one transaction
+        self._records = Records(self._tables, self._page_bytes, clock)
+        self._on_evicted = on_evicted
+        self._state = threading.Lock()  # guards what was touched
+        self._touched: dict[bytes, int] = {}
+        self._writer = GroupWriter(self._env, self, self._write_touched)
+
+    # ---- opening and closing
+
+    def _open(self) -> tuple[lmdb.Environment, Tables]:
+        """Opens what is there if it is sound and ours; else moves it aside and starts empty."""
+        problems = self._files.problems()
+        if not problems:
+            try:
+                return self._open_environment()
+            except lmdb.Error as error:
+                problems = [f"not a store of kvcached, or of another version: {error}"]
+        self._files.set_aside("; ".join(problems))
+        return self._open_environment()
+
+    def _open_environment(self) -> tuple[lmdb.Environment, Tables]:
+        env = self._files.open(self._map_bytes, len(layout.TABLES))
+        try:
+            layout.claim(env)
+            return env, Tables.open(env)
+        except lmdb.Error:
+            env.close()
+            raise
+
+    def close(self) -> None:
+        """Commits what is queued and the noted recency, and leaves the files marked clean."""
+        if self._touched:
+            self._writer.submit(_nothing)
+        self._writer.close()
+        self._env.close()
+        self._files.mark_clean()
+        self._lock.release()
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Earlier stores that could not be trusted: where they are now, and why."""
+        return self._files.all_set_aside()
+
+    @property
+    def max_quota_bytes(self) -> int:
+        """How far the quota can be raised while the store is open."""
+        return min(self._map_bytes * 4 // 5, self._map_bytes - _MIN_SLACK_BYTES)
+
+    # ---- reading
+
+    def chain(self, block_ids: Iterable[BlockId]) -> list[pb.Entry]:
+        """Entries of the leading blocks that are held."""
+        found = []
+        with self._env.begin() as txn:
+            for block_id in block_ids:
+                if (entry := self._entry(txn, block_id)) is None:
+                    break
+                found.append(entry)
+        return found
+
+    def entry(self, block_id: BlockId) -> pb.Entry | None:
+        with self._env.begin() as txn:
+            return self._entry(txn, block_id)
+
+    def no_worse(self, block_id: BlockId, entry: pb.Entry) -> pb.Entry | None:
+        """What is held of a block, unless `entry` would improve on it: then there is nothing to encode."""
+        with self._env.begin() as txn:
+            return self._records.no_worse(txn, block_key(block_id), entry)
+
+    def frame(self, block_id: BlockId) -> tuple[pb.Entry, bytes] | None:
+        """Entry and frame of a block, copied."""
+        with self._env.begin(buffers=True) as txn:
+            entry = self._entry(txn, block_id)
+            if entry is None:
+                return None
+            pieces = (txn.get(key, db=self._tables.payload) for key in layout.payload_keys(entry))
+            return entry, b"".join(piece for piece in pieces if piece is not None)
+
+    def models(self) -> dict[bytes, ModelSpec]:
+        with self._env.begin() as txn:
+            return {
+                key: ModelSpec.from_proto(pb.ModelSpec.FromString(record))
+                for key, record in txn.cursor(self._tables.models)
+            }
+
+    def totals(self) -> dict[tuple[bytes, int], Totals]:
+        """By model id and fidelity kind."""
+        with self._env.begin() as txn:
+            records = {key: Totals.unpack(record) for key, record in txn.cursor(self._tables.totals)}
+        return {(key[:-1], key[-1]): totals for key, totals in records.items() if totals.n_blocks}
+
+    def usage(self) -> Usage:
+        disk = os.statvfs(self._files.db)
+        with self._env.begin() as txn:
+            used_bytes = self._tables.used_bytes(txn, self._page_bytes)
+        return Usage(used_bytes, self._files.data.stat().st_size, disk.f_bavail * disk.f_frsize)
+
+    def departures(self) -> list[pb.Departure]:
+        """What left lately, in no order."""
+        with self._env.begin() as txn:
+            return [pb.Departure.FromString(record) for _, record in txn.cursor(self._tables.departed)]
+
+    def check(self) -> list[str]:
+        """What is wrong with the store, in words; empty if every invariant holds. Reads all records, no payloads."""
+        with self._env.begin(buffers=True) as txn:
+            return audit(txn, self._tables, self._page_bytes, self.quota_bytes)
+
+    def block_ids(self) -> Iterator[BlockId]:
+        """All blocks, a page of them in each transaction."""
+        start = b""
+        while True:
+            with self._env.begin() as txn:
+                cursor = txn.cursor(self._tables.entries)
+                page: list[tuple[bytes, bytes]] = []
+                if cursor.set_range(start):
+                    page = [item for item, _ in zip(cursor, range(1000), strict=False)]
+            for key, record in page:
+                model_id, block_hash = layout.split_key(key)
+                yield BlockId(model_id, pb.Entry.FromString(record).namespace, block_hash)
+            if not page:
+                return
+            start = page[-1][0] + b"\0"
+
+    # ---- writing
+
+    def put_model(self, spec: ModelSpec) -> Future[bool]:
+        """Whether the model was known already."""
+        key, record = spec.model_id, spec.to_proto().SerializeToString()
+        return self._writer.submit(lambda txn: not txn.put(key, record, overwrite=False, db=self._tables.models))
+
+    def put(self, block_id: BlockId, entry: pb.Entry, frame: bytes) -> "Future[tuple[pb.Outcome, pb.Entry]]":
+        """Stores a frame, evicting as needed. `entry` comes without sizes, times and payload id.
+
+        The future raises PreconditionError for an unknown model or an absent parent, QuotaExceededError if there is no
+        room. A block that is held at the same or a higher fidelity stays as it is.
+        """
+        entry.frame_bytes = len(frame)
+        disk_bytes = layout.payload_bytes(len(frame), self._page_bytes)
+        key = block_key(block_id)
+        return self._writer.submit(
+            lambda txn: self._records.put(txn, key, entry, frame),
+            n_bytes=disk_bytes + RECORD_BYTES,
+            needs_room=lambda txn: self._records.held_instead(txn, key, entry) is None,
+            protects=layout.parent_key(key, entry),
+        )
+
+    def delete(self, block_ids: Sequence[BlockId], reason: str) -> Future[int]:
+        """Removes blocks with their descendants; how many there were."""
+        return self._writer.submit(
+            lambda txn: sum(self._records.delete_tree(txn, key, reason) for key in self._held_keys(txn, block_ids))
+        )
+
+    def pin(self, block_ids: Sequence[BlockId], until: int) -> Future[int]:
+        """Pins blocks until a time in microseconds (0: unpins them); how many are held."""
+        return self._writer.submit(
+            lambda txn: sum(self._records.pin(txn, key, until) for key in self._held_keys(txn, block_ids))
+        )
+
+    def touch(self, block_ids: Iterable[BlockId]) -> None:
+        """Notes that blocks were used now."""
+        with self._state:
+            tick = self._records.tick()
+            self._touched.update((block_key(block_id), tick) for block_id in block_ids)
+            overdue = len(self._touched) > _MAX_TOUCHED
+        if overdue:
+            self._writer.submit(_nothing)
+
+    def fit_quota(self) -> Future[None]:
+        """Evicts down to the quota, after it was lowered."""
+        return self._writer.submit(_nothing, n_bytes=1)
+
+    # ---- inside transactions
+
+    def _entry(self, txn: lmdb.Transaction, block_id: BlockId) -> pb.Entry | None:
+        """A block is only shown to those who name its namespace, even if they know its hash."""
+        entry = self._records.entry(txn, block_key(block_id))
+        return entry if entry and entry.namespace == block_id.namespace else None
+
+    def _held_keys(self, txn: lmdb.Transaction, block_ids: Sequence[BlockId]) -> list[bytes]:
+        return [block_key(block_id) for block_id in block_ids if self._entry(txn, block_id)]
+
+    def _write_touched(self, txn: lmdb.Transaction) -> Callable[[], None]:
+        """Writes noted recency; what it returns forgets it, and is called when the transaction is on disk."""
+        with self._state:
+            touched = dict(self._touched)
+        self._records.touch(txn, touched)
+
+        def forget() -> None:
+            with self._state:
+                for key, tick in touched.items():
+                    if self._touched.get(key) == tick:
+                        del self._touched[key]
+
+        return forget
+
+    # ---- room
+
+    def make_room(self, n_bytes: int, protected: bytes | None) -> None:
+        """Evicts until `n_bytes` fit, and a little ahead, in transactions of its own.
+
+        LMDB reuses the pages that a transaction frees in the next but one, so each eviction is followed by a turn that
+        changes nothing: without it the file would grow with every block that takes another's place.
+        """
+        while (missing := self.missing_bytes(n_bytes)) > 0:
+            with self._env.begin(write=True) as txn:
+                forget = self._write_touched(txn)
+                ahead = self.quota_bytes // _AHEAD
+                victims = choose(self._records.candidates(txn), missing + ahead, [protected] if protected else [])
+                if sum(victim.n_bytes for victim in victims) < missing:
+                    txn.abort()
+                    raise QuotaExceededError(
+                        f"{missing} bytes short of room for {n_bytes}: the rest is pinned or in use"
+                    )
+                for victim in victims:
+                    self._records.delete_tree(txn, victim.key, "evicted")
+            forget()
+            with self._env.begin(write=True) as txn:
+                self._records.turn(txn)
+            if self._on_evicted:
+                self._on_evicted(len(victims))
+
+    def missing_bytes(self, n_bytes: int) -> int:
+        """How much must be evicted before `n_bytes` fit: quota and free-space floor, whichever is tighter."""
+        usage = self.usage()
+        budget = min(self.quota_bytes, usage.file_bytes + max(0, usage.free_disk_bytes - self.free_floor_bytes))
+        if n_bytes + self._split_bytes > budget:
+            raise QuotaExceededError(
+                f"{n_bytes} bytes do not fit into {budget}: the quota is {self.quota_bytes} bytes, "
+                f"{usage.free_disk_bytes} are free on the disk and {self.free_floor_bytes} of them are kept free"
+            )
+        return usage.used_bytes + n_bytes + self._split_bytes - budget
+
+
+def _nothing(_txn: lmdb.Transaction) -> None:
+    """An operation for the sake of what every transaction does."""

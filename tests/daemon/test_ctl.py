@@ -1,0 +1,84 @@
+"""kvcachedctl as its users run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import DaemonProcess, chain, tiny_spec
+
+CTL = Path(sys.executable).with_name("kvcachedctl")
+
+
+def ctl(daemon: DaemonProcess, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(CTL), "--target", daemon.target, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def filled(daemon: DaemonProcess) -> DaemonProcess:
+    with daemon.client(tiny_spec()) as client:
+        blocks = chain(client, list(range(12)))
+        assert [result.code for result in client.put(blocks)] == ["OK"] * 3
+        assert client.match([*client.chain(list(range(12))), bytes(32)]).n_tokens == 12
+    return daemon
+
+
+def test_status_shows_what_is_held(filled: DaemonProcess) -> None:
+    result = ctl(filled, "status")
+    assert result.returncode == 0, result.stderr
+    for expected in ("3 (12 tokens)", "75.0% (12 of 16 tokens", "tiny", "EXACT", "64.0 MiB", str(filled.store)):
+        assert expected in " ".join(result.stdout.split()) or expected in result.stdout.replace("\n", "")
+
+
+def test_status_as_json_has_the_fields_of_the_protocol(filled: DaemonProcess) -> None:
+    result = ctl(filled, "status", "--json")
+    status = json.loads(result.stdout)
+    assert status["store"]["n_blocks"] == 3
+    assert status["store"]["source_bytes"] == 3 * 2 * 2 * 2 * 4 * 8 * 2
+    assert status["store"]["quota_bytes"] == 64 << 20
+    assert status["counters"]["match_hit_tokens_total"] == 12
+    (model,) = status["models"]
+    assert model["model_id"] == tiny_spec().model_id.hex()
+    assert model["spec"]["fingerprint"]["weights"] == "w0"
+    assert model["fidelities"][0]["kind"] == "FIDELITY_KIND_EXACT"
+    assert status["uptime_seconds"] > 0
+
+
+def test_check_passes_on_a_sound_store(filled: DaemonProcess) -> None:
+    result = ctl(filled, "check", "--frames")
+    assert (result.returncode, result.stdout) == (0, "0 problems in 3 blocks, 3 frames decoded\n")
+    assert json.loads(ctl(filled, "check", "--json").stdout) == {"problems": [], "n_blocks": 3, "n_frames_decoded": 0}
+
+
+def test_check_fails_on_a_damaged_frame_and_names_it(filled: DaemonProcess) -> None:
+    filled.stop()
+    data = filled.store / "db/data.mdb"
+    content = data.read_bytes()
+    assert content.count(b"\x89KVF") >= 3
+    at = content.index(b"\x89KVF") + 300
+    data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    filled.start()
+    result = ctl(filled, "check", "--frames")
+    assert result.returncode == 1
+    assert "of model" in result.stdout
+    assert "1 problems in 3 blocks" in result.stdout
+
+
+def test_exit_codes_tell_usage_from_absence(daemon: DaemonProcess) -> None:
+    assert ctl(daemon, "nonsense").returncode == 2
+    assert ctl(daemon, "status", "--nonsense").returncode == 2
+    daemon.stop()
+    for command in ("status", "check"):
+        result = ctl(daemon, command)
+        assert result.returncode == 3
+        assert f"no daemon answers on {daemon.target}" in result.stderr
+        assert result.stdout == ""
+
+
+def test_help_and_version_need_no_daemon() -> None:
+    for flag in ("--help", "--version"):
+        result = subprocess.run([str(CTL), flag], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0
+        assert result.stdout

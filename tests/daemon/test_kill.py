@@ -1,0 +1,79 @@
+"""kill -9 at random moments under load: what was acknowledged is there, bit for bit, and the store is sound."""
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from support import DaemonProcess, chain, same_tensors, tiny_spec
+
+from kvcached_client import Block, Connection
+from kvcached_client._proto import kvcached_pb2 as pb
+
+SPEC = tiny_spec(n_layers=4, block_size=16)
+N_ROUNDS, N_CLIENTS = 20, 3
+
+
+class Load:
+    """Clients that put, match and get until told to stop, and remember what was acknowledged."""
+
+    def __init__(self, daemon: DaemonProcess, acknowledged: dict[bytes, Block], seed: int) -> None:
+        self._daemon, self._acknowledged = daemon, acknowledged
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(seed + i,)) for i in range(N_CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+    def _work(self, seed: int) -> None:
+        rng = random.Random(seed)
+        with self._daemon.client(SPEC) as client:
+            while not self._stop.is_set():
+                tokens = [rng.randrange(1000) for _ in range(SPEC.block_size * rng.randrange(1, 9))]
+                blocks = chain(client, tokens, seed=rng.randrange(1 << 30))
+                for block, result in zip(blocks, client.put(blocks), strict=True):
+                    if result.code == "OK":
+                        self._acknowledged[block.block_hash] = block
+                if rng.random() < 0.3:
+                    hashes = client.match([block.block_hash for block in blocks]).hashes
+                    list(client.get(hashes))
+
+
+@pytest.mark.slow
+def test_no_acknowledged_block_is_lost_or_wrong_in_20_rounds_of_kill_9(run_dir: Path) -> None:
+    daemon = DaemonProcess(run_dir, quota="1GiB")
+    acknowledged: dict[bytes, Block] = {}
+    rng = random.Random(0)
+    daemon.start()
+    for round_ in range(N_ROUNDS):
+        n_before = len(acknowledged)
+        load = Load(daemon, acknowledged, seed=100 * round_)
+        while len(acknowledged) == n_before:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        daemon.kill()
+        load.stop()
+        daemon.start()
+        with Connection(daemon.target) as connection:
+            report = connection.call("Check", pb.CheckRequest(frames=True), timeout=60)
+        assert list(report.problems) == []
+        assert report.n_frames_decoded >= len(acknowledged)
+        assert list(daemon.status().store.set_aside) == []
+        assert lost_or_wrong(daemon, acknowledged) == []
+    daemon.stop()
+
+
+def lost_or_wrong(daemon: DaemonProcess, acknowledged: dict[bytes, Block]) -> list[str]:
+    with daemon.client(SPEC) as client:
+        found = client.get(list(acknowledged))
+        return [
+            block.block_hash.hex()
+            for block, again in zip(acknowledged.values(), found, strict=True)
+            if again is None or not same_tensors(dict(block.tensors), dict(again.tensors))
+        ]

@@ -1,0 +1,131 @@
+"""The worker pool: one pipeline for each model, gets first, bytes bounded."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support import tiny_spec
+
+from kvcached.block import ModelSpec
+from kvcached.errors import OverloadedError, ShuttingDownError
+from kvcached.pool import ByteBudget, Lane, Pipeline, WorkerPool
+
+
+@pytest.fixture
+def pool() -> WorkerPool:
+    return WorkerPool(n_workers=1, limit_bytes=100)
+
+
+def test_32_threads_that_race_for_a_pipeline_get_the_same_one_built_once(pool: WorkerPool) -> None:
+    built = []
+    start = threading.Barrier(32)
+
+    def build(spec: ModelSpec) -> Pipeline:
+        built.append(spec)
+        time.sleep(0.05)  # long enough for all others to arrive
+        return Pipeline(spec)
+
+    def ask(_: int) -> Pipeline:
+        start.wait()
+        return pool.pipeline(tiny_spec(), build)
+
+    with ThreadPoolExecutor(32) as threads:
+        pipelines = list(threads.map(ask, range(32)))
+    assert len(built) == 1
+    assert {id(pipeline) for pipeline in pipelines} == {id(pipelines[0])}
+    pool.close()
+
+
+def test_models_do_not_wait_for_one_another(pool: WorkerPool) -> None:
+    others_done = threading.Event()
+
+    def slow(spec: ModelSpec) -> Pipeline:
+        assert others_done.wait(30)
+        return Pipeline(spec)
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(pool.pipeline, tiny_spec(), slow)
+        other = pool.pipeline(tiny_spec(weights="other"))
+        others_done.set()
+        assert waiting.result(30) is not other
+    pool.close()
+
+
+def test_a_build_that_fails_is_tried_again(pool: WorkerPool) -> None:
+    def fail(_: ModelSpec) -> Pipeline:
+        raise ValueError("no bundle")
+
+    with pytest.raises(ValueError, match="no bundle"):
+        pool.pipeline(tiny_spec(), fail)
+    assert pool.pipeline(tiny_spec()).spec == tiny_spec()
+    pool.close()
+
+
+def test_gets_go_before_puts_and_each_in_the_order_of_arrival(pool: WorkerPool) -> None:
+    gate, order = threading.Event(), []
+    pool.submit(Lane.GET, gate.wait, 30)  # goes first, so the worker is busy with it until all others wait
+    jobs = [(Lane.PUT, "put 1"), (Lane.GET, "get 1"), (Lane.PUT, "put 2"), (Lane.GET, "get 2")]
+    futures = [pool.submit(lane, order.append, name) for lane, name in jobs]
+    gate.set()
+    for future in futures:
+        future.result(30)
+    assert order == ["get 1", "get 2", "put 1", "put 2"]
+    pool.close()
+
+
+def test_a_job_that_fails_answers_with_its_error_and_the_worker_lives(pool: WorkerPool) -> None:
+    failed = pool.submit(Lane.GET, int, "not a number")
+    with pytest.raises(ValueError, match="invalid literal"):
+        failed.result(30)
+    assert pool.submit(Lane.GET, int, "7").result(30) == 7
+    pool.close()
+
+
+def test_closing_finishes_what_runs_and_drops_what_waits(pool: WorkerPool) -> None:
+    started, gate = threading.Event(), threading.Event()
+
+    def job() -> str:
+        started.set()
+        assert gate.wait(30)
+        return "done"
+
+    running = pool.submit(Lane.PUT, job)
+    assert started.wait(30)
+    waiting = pool.submit(Lane.GET, int, "7")
+    closer = threading.Thread(target=pool.close)
+    closer.start()
+    with pytest.raises(ShuttingDownError):
+        waiting.result(30)
+    gate.set()
+    closer.join(30)
+    assert running.result(30) == "done"
+    with pytest.raises(ShuttingDownError):
+        pool.submit(Lane.GET, int, "7")
+
+
+def test_a_budget_refuses_what_does_not_fit_and_says_how_much_is_under_way() -> None:
+    budget = ByteBudget(100)
+    budget.take(60)
+    with pytest.raises(OverloadedError, match="60 of 100 bytes are under way, no room for 50"):
+        budget.take(50)
+    budget.give_back(60)
+    budget.take(50)
+    assert budget.used_bytes == 50
+
+
+def test_one_block_larger_than_the_budget_is_let_in_alone() -> None:
+    budget = ByteBudget(100)
+    budget.take(500)
+    with pytest.raises(OverloadedError):
+        budget.take(1)
+
+
+def test_waiting_for_room_ends_when_some_is_given_back() -> None:
+    budget = ByteBudget(100)
+    budget.take(100)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(budget.take, 80, 30.0)
+        budget.give_back(100)
+        waiting.result(30)
+    assert budget.used_bytes == 80

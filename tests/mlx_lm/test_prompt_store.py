@@ -1,0 +1,196 @@
+"""PromptStore with a real daemon: what is offloaded comes back, and what goes wrong costs nothing but speed."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_models import build, prefill, save
+from support import DaemonProcess
+
+from kvcached_client import Client, ModelSpec
+from kvcached_mlx import PromptStore, fresh_cache, model_spec
+
+BLOCK = 16
+TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 64, 5 * BLOCK + 3)]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Any, ModelSpec]:
+    model, config = build("llama")
+    return model, model_spec(model, save(model, config, tmp_path), block_size=BLOCK)
+
+
+@pytest.fixture
+def store(llama: tuple[Any, ModelSpec], daemon: DaemonProcess) -> Iterator[PromptStore]:
+    model, spec = llama
+    store = PromptStore(model, daemon.client(spec))
+    yield store
+    store.close()
+
+
+def another(store: PromptStore, model: Any, target: str) -> PromptStore:
+    """What another process would have."""
+    return PromptStore(model, Client(store.spec, target=target))
+
+
+def offloaded(store: PromptStore, model: Any, tokens: list[int]) -> list[Any]:
+    cache = fresh_cache(model)
+    prefill(model, cache, tokens)
+    store.offload(tokens, cache)
+    assert store.flush(timeout=30)
+    return cache
+
+
+def test_a_prefix_is_restored_up_to_its_last_full_block(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess
+) -> None:
+    model, _ = llama
+    cache = offloaded(store, model, TOKENS)
+    restored, n_tokens = another(store, model, daemon.target).restore([*TOKENS, 9, 9])
+    assert n_tokens == 5 * BLOCK
+    rest = TOKENS[n_tokens:]
+    assert mx.array_equal(prefill(model, restored, rest), prefill(model, fresh(model, TOKENS[:n_tokens]), rest))
+    assert restored[0].offset == cache[0].offset
+
+
+def fresh(model: Any, tokens: list[int]) -> list[Any]:
+    cache = fresh_cache(model)
+    prefill(model, cache, tokens)
+    return cache
+
+
+def test_a_prompt_equal_to_a_cached_prefix_leaves_a_token_to_feed(
+    llama: tuple[Any, ModelSpec], store: PromptStore
+) -> None:
+    model, _ = llama
+    offloaded(store, model, TOKENS)
+    assert store.restore(TOKENS[: 5 * BLOCK])[1] == 4 * BLOCK
+    assert store.restore(TOKENS[: 5 * BLOCK + 1])[1] == 5 * BLOCK
+    assert store.restore([])[1] == 0
+    assert store.restore(TOKENS[:1])[1] == 0
+
+
+def test_what_was_restored_or_put_is_not_put_again(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess
+) -> None:
+    model, _ = llama
+    cache = offloaded(store, model, TOKENS)
+    assert store.offload(TOKENS, cache) == 0
+    other = another(store, model, daemon.target)
+    restored, n_tokens = other.restore(TOKENS)
+    prefill(model, restored, TOKENS[n_tokens:])
+    assert other.offload(TOKENS, restored) == 0
+
+
+def test_what_the_daemon_lost_is_put_again(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess
+) -> None:
+    model, _ = llama
+    cache = offloaded(store, model, TOKENS)
+    daemon.stop()
+    daemon.store.rename(daemon.directory / "gone")
+    daemon.start()
+    assert store.restore(TOKENS)[1] == 0
+    assert store.offload(TOKENS, cache) == 5
+    assert store.flush(timeout=30)
+    assert store.restore(TOKENS)[1] == 5 * BLOCK
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "mamba2", "falcon_h1"])
+def test_a_model_with_state_is_restored_at_a_block_that_has_it(
+    architecture: str, tmp_path: Path, daemon: DaemonProcess
+) -> None:
+    model, config = build(architecture)
+    spec = model_spec(model, save(model, config, tmp_path), block_size=BLOCK)
+    store = PromptStore(model, daemon.client(spec))
+    offloaded(store, model, TOKENS[: 3 * BLOCK])
+    offloaded(store, model, TOKENS[: 5 * BLOCK])
+    other = another(store, model, daemon.target)
+    rest = TOKENS[3 * BLOCK : 3 * BLOCK + 5]
+    for prompt, expected in [(TOKENS, 5), (TOKENS[: 5 * BLOCK], 3), (TOKENS[: 3 * BLOCK], 0)]:
+        assert other.restore(prompt)[1] == expected * BLOCK
+    restored, _ = other.restore(TOKENS[: 4 * BLOCK])
+    assert mx.array_equal(prefill(model, restored, rest), prefill(model, fresh(model, TOKENS[: 3 * BLOCK]), rest))
+
+
+def test_a_quantised_cache_is_never_given_to_a_plain_one(tmp_path: Path, daemon: DaemonProcess) -> None:
+    model, config = build("llama", overrides={"head_dim": 64})
+    path = save(model, config, tmp_path)
+    plain = model_spec(model, path, block_size=BLOCK)
+    quantised = model_spec(model, path, block_size=BLOCK, kv_bits=8, kv_group_size=32)
+    store = PromptStore(model, daemon.client(quantised), make_cache=lambda: fresh_cache(model, 8, 32))
+    cache = fresh_cache(model, 8, 32)
+    prefill(model, cache, TOKENS)
+    assert store.offload(TOKENS, cache) == 5
+    assert store.flush(timeout=30)
+    restored, n_tokens = store.restore(TOKENS)
+    assert n_tokens == 5 * BLOCK
+    rest = TOKENS[n_tokens:]
+    again = fresh_cache(model, 8, 32)
+    prefill(model, again, TOKENS[:n_tokens])
+    assert mx.array_equal(prefill(model, restored, rest), prefill(model, again, rest))
+    assert PromptStore(model, daemon.client(plain)).restore(TOKENS)[1] == 0
+
+
+def test_a_cache_that_cannot_be_stored_is_refused_with_a_logged_reason(
+    llama: tuple[Any, ModelSpec], store: PromptStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = llama
+    with caplog.at_level(logging.WARNING):
+        assert store.offload(TOKENS[:-1], fresh(model, TOKENS)) == 0
+    assert "prompt cache of 82 tokens not offloaded" in caplog.text
+    assert "holds 83 tokens" in caplog.text
+
+
+def test_without_a_daemon_everything_goes_on(llama: tuple[Any, ModelSpec], run_dir: Path) -> None:
+    model, spec = llama
+    store = PromptStore(model, Client(spec, target=f"unix:{run_dir}/nobody.sock"))
+    cache, n_tokens = store.restore(TOKENS)
+    assert (n_tokens, cache[0].offset) == (0, 0)
+    prefill(model, cache, TOKENS)
+    assert store.offload(TOKENS, cache) == 5
+    assert store.flush(timeout=30)
+    assert (store.counts.sent, store.counts.refused) == (0, 5)
+    store.close()
+
+
+def test_a_full_queue_drops_and_counts(llama: tuple[Any, ModelSpec], daemon: DaemonProcess) -> None:
+    model, spec = llama
+    gate = threading.Event()
+
+    class SlowClient(Client):
+        def put(self, *args: Any, **kwargs: Any) -> Any:
+            gate.wait(30)
+            return super().put(*args, **kwargs)
+
+    store = PromptStore(model, SlowClient(spec, target=daemon.target), queue_bytes=1)
+    cache = fresh(model, TOKENS)
+    assert store.offload(TOKENS, cache) == 5  # one cache is let in, however large
+    other = [t ^ 1 for t in TOKENS]
+    assert store.offload(other, fresh(model, other)) == 0
+    gate.set()
+    assert store.flush(timeout=30)
+    assert (store.counts.sent, store.counts.dropped) == (5, 5)
+    store.close()
+
+
+def test_bytes_are_taken_before_offload_returns(llama: tuple[Any, ModelSpec], store: PromptStore) -> None:
+    """The engine may overwrite or free its cache at once."""
+    model, _ = llama
+    cache = fresh_cache(model)
+    prefill(model, cache, TOKENS)
+    expected = fresh(model, TOKENS[: 5 * BLOCK])
+    store.offload(TOKENS, cache)
+    for entry in cache:
+        entry.keys = mx.zeros_like(entry.keys)
+        entry.values[...] = 0
+    mx.eval([entry.values for entry in cache])
+    assert store.flush(timeout=30)
+    restored, n_tokens = store.restore(TOKENS)
+    rest = TOKENS[n_tokens:]
+    assert mx.array_equal(prefill(model, restored, rest), prefill(model, expected, rest))
