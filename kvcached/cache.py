@@ -130,8 +130,8 @@ class Cache:
             except (Exception, CancelledError) as error:  # noqa: BLE001 - a claim that is never answered is a hang
                 self._answer(claim, error)
                 return
+            claim.queued.set_result(None)  # first: the commit may be over already, and its answer would do it too
             stored.add_done_callback(lambda future: self._answer(claim, future.exception() or future.result()))
-            claim.queued.set_result(None)
 
         encoded.add_done_callback(lambda _: parent.queued.add_done_callback(commit) if parent else commit())
         return claim.done
