@@ -29,6 +29,7 @@ def start_daemon(directory: Path) -> tuple["subprocess.Popen[bytes]", str]:
     """A daemon that answers, and its address."""
     socket = directory / "run/kvcached.sock"
     command = [sys.executable, "-m", "kvcached", "--store-path", str(directory / "store"), "--log-level", "warning"]
+    command += ["--http-port", "0"]
     process = subprocess.Popen([*command, "--socket-path", str(socket)])
     atexit.register(process.kill)  # whatever goes wrong, nothing is left behind
     with Connection(f"unix:{socket}") as connection:
@@ -91,7 +92,7 @@ def run(directory: Path, n_tokens: int) -> dict[str, Any]:
     console.print("4. a new daemon and a new engine restore and continue")
     daemon, target = start_daemon(directory)
     restored = finish(start_engine("restore", target, *size))
-    hit_tokens = int(status(target).counters["match_hit_tokens_total"])
+    hit_tokens = int(status(target).counters["lookup_hit_tokens_total"])
     daemon.terminate()
     if daemon.wait() != 0:
         raise SystemExit(f"the daemon ended with exit code {daemon.returncode}")

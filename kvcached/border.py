@@ -4,6 +4,7 @@ Every message names what was expected and what came.
 """
 
 import hashlib
+from math import inf
 
 from kvcached.block import BlockId, Fidelity, FidelityKind, ModelSpec
 from kvcached.errors import InvalidRequestError
@@ -13,6 +14,8 @@ from kvcached_client.hashing import HASH_BYTES, block_hash, token_bytes
 from kvcached_client.spec import kind_from_proto
 
 MAX_HASHES = 100_000
+MAX_ENGINE_NAME_BYTES = 128
+MAX_REQUEST_ID_CHARACTERS = 64
 
 
 def model_spec(message: pb.ModelSpec) -> ModelSpec:
@@ -38,6 +41,24 @@ def block_ids(request: NamesBlocks) -> list[BlockId]:
         if len(block) != HASH_BYTES:
             raise InvalidRequestError(f"a block hash has {HASH_BYTES} bytes, got {len(block)}")
     return [BlockId(request.model_id, request.namespace, block) for block in request.block_hashes]
+
+
+def printable(request_id: str) -> str:
+    """A caller's request id, as far as it may stand in a log."""
+    return "".join(c for c in request_id[:MAX_REQUEST_ID_CHARACTERS] if c.isascii() and c.isprintable())
+
+
+def engine(message: pb.Engine) -> pb.Engine:
+    """What an engine says of itself."""
+    _check_namespace(message.namespace)
+    if len(message.name.encode()) > MAX_ENGINE_NAME_BYTES:
+        raise InvalidRequestError(f"an engine's name has at most {MAX_ENGINE_NAME_BYTES} bytes, got {message.name!r}")
+    if len(message.model_id) != HASH_BYTES:
+        raise InvalidRequestError(f"a model id has {HASH_BYTES} bytes, got {len(message.model_id)}")
+    for name in ("prefill_tokens_per_second", "restore_tokens_per_second"):
+        if not 0 <= getattr(message, name) < inf:
+            raise InvalidRequestError(f"{name} must be finite and not negative, got {getattr(message, name)}")
+    return message
 
 
 def fidelity_kind(value: int) -> FidelityKind:

@@ -5,6 +5,7 @@ checked what comes in. Futures carry answers, so that a stream can have many blo
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -97,8 +98,8 @@ class Cache:
         """Entries of the leading blocks that are held and good enough."""
         entries = list(takewhile(floor.accepts, self.store.chain(block_ids)))
         self.store.touch(block_ids[: len(entries)])
-        self.metrics.match_tokens.inc(len(block_ids) * spec.block_size)
-        self.metrics.match_hit_tokens.inc(len(entries) * spec.block_size)
+        self.metrics.lookup_tokens.inc(len(block_ids) * spec.block_size)
+        self.metrics.lookup_hit_tokens.inc(len(entries) * spec.block_size)
         return entries
 
     def put(self, block_id: BlockId, entry: pb.Entry, block: KVBlock) -> "Future[Stored]":
@@ -118,9 +119,7 @@ class Cache:
         try:
             if held := self.store.no_worse(block_id, entry):
                 return self._answer(claim, (pb.OUTCOME_ALREADY_HELD, held))
-            pipeline = self.pool.pipeline(self.model(block_id.model_id))
-            lineage = FidelityKind(entry.lineage)
-            encoded = self.pool.submit(Lane.PUT, pipeline.encode, block_id, block, lineage, self.config.zstd_level)
+            encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, FidelityKind(entry.lineage))
         except KvcachedError as error:
             return self._answer(claim, error)
 
@@ -143,7 +142,7 @@ class Cache:
         """
         entry = self.store.entry(block_id)
         if entry is None or not floor.accepts(entry):
-            self.metrics.get_blocks.labels("below floor" if entry else "miss").inc()
+            self.metrics.block_misses.labels("below_floor" if entry else "absent").inc()
             miss: Future[tuple[pb.Entry, KVBlock] | None] = Future()
             miss.set_result(None)
             return Fetch(block_id, miss, lambda: None)
@@ -191,14 +190,18 @@ class Cache:
             if self._claims.get(block_id) is claim:
                 del self._claims[block_id]
         self.pool.puts.give_back(claim.entry.source_bytes)
-        if done.exception():
-            self.metrics.put_blocks.labels("refused").inc()
+        if error := done.exception():
+            self.count_refused(error)
             return
         outcome, stored = done.result()
         self.metrics.put_blocks.labels(pb.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()).inc()
         if outcome in (pb.OUTCOME_STORED, pb.OUTCOME_REPLACED):
             self.metrics.put_source_bytes.inc(stored.source_bytes)
             self.metrics.put_stored_bytes.inc(stored.stored_bytes)
+
+    def count_refused(self, error: BaseException) -> None:
+        self.metrics.put_blocks.labels("refused").inc()
+        self.metrics.refused_blocks.labels(error.code if isinstance(error, KvcachedError) else "INTERNAL").inc()
 
     def _answer(self, claim: _Claim, answer: Stored | BaseException) -> "Future[Stored]":
         """Answers a claim, and lets its children go on."""
@@ -212,20 +215,32 @@ class Cache:
 
     def _read(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
         """In a worker: the block, or None if it left in the meantime or cannot be read."""
+        start, found, reason = time.perf_counter(), None, "absent"
         try:
             found = self._decode(block_id)
         except CorruptFrameError as error:
             log.error("corrupt block, removed with its descendants", block=str(block_id), error=str(error))
             self.metrics.corrupt_blocks.inc()
             self.store.delete([block_id], "corrupt")
-            found = None
+            reason = "corrupt"
         except UnsupportedFrameError as error:
             log.warning("block of another version, left alone", block=str(block_id), error=str(error))
-            found = None
-        self.metrics.get_blocks.labels("hit" if found else "miss").inc()
-        if found:
-            self.metrics.get_source_bytes.inc(found[0].source_bytes)
+            reason = "unsupported"
+        if not found:
+            self.metrics.block_misses.labels(reason).inc()
+            return None
+        entry, fidelity = found[0], FidelityKind(found[0].fidelity.kind).name
+        self.metrics.decode_seconds.labels(fidelity).observe(time.perf_counter() - start)
+        self.metrics.block_hits.labels(fidelity).inc()
+        self.metrics.get_source_bytes.inc(entry.source_bytes)
         return found
+
+    def _encode(self, block_id: BlockId, block: KVBlock, lineage: FidelityKind) -> bytes:
+        """In a worker: the frame of a block."""
+        start, pipeline = time.perf_counter(), self.pool.pipeline(self.model(block_id.model_id))
+        frame = pipeline.encode(block_id, block, lineage, self.config.zstd_level)
+        self.metrics.encode_seconds.labels(FidelityKind.EXACT.name).observe(time.perf_counter() - start)
+        return frame
 
     def _decode(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
         found = self.store.frame(block_id)

@@ -41,6 +41,14 @@ class Config(BaseModel):
     drain_seconds: Annotated[float, Ge(0), Le(300)] = Field(10.0, description="time to finish work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_json: bool = Field(False, description="log lines as JSON")
+    log_file: str = Field("", description="file to log to, rotated when it is full; stderr if empty")
+    log_file_bytes: Annotated[ByteSize, Ge(4096)] = Field(
+        ByteSize(10 * MIB), description="size at which the log is rotated"
+    )
+    log_file_count: Annotated[int, Ge(1), Le(100)] = Field(5, description="rotated log files that are kept")
+    http_port: Annotated[int, Ge(0), Le(65535)] = Field(
+        9797, description="port on 127.0.0.1 for /metrics, /healthz and /readyz; 0: none"
+    )
 
     # performance
     workers: Annotated[int, Ge(1), Le(256)] = Field(os.cpu_count() or 1, description="threads that encode and decode")

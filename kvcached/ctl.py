@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no daemon.
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,13 +16,15 @@ from humanize import naturalsize
 from rich.console import Console
 from rich.table import Table
 
-from kvcached import __version__
+from kvcached import __version__, autostart
+from kvcached.errors import KvcachedError
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.connection import Connection, DaemonError
 from kvcached_client.paths import default_socket
 
 FAILED, NO_DAEMON = 1, 3
 _CHECK_SECONDS = 3600.0
+_START_SECONDS = 15.0
 
 
 def _asks_daemon(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,6 +88,86 @@ def check(connection: Connection, frames: bool, as_json: bool) -> None:
     sys.exit(FAILED if response.problems else 0)
 
 
+@main.group(help="The daemon as a service that starts at login: launchd on a Mac, systemd on Linux.")
+def service() -> None:
+    pass
+
+
+def _manages(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what a service manager refuses into a message and exit code 1."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (KvcachedError, OSError) as error:
+            click.echo(str(error), err=True)
+            sys.exit(FAILED)
+
+    return run
+
+
+@service.command(help="Installs and starts it. Its settings are those of the configuration file.")
+@_manages
+def install() -> None:
+    found, connection = _service()
+    if not found.path.exists() and connection.is_serving():
+        raise KvcachedError(f"a daemon that is not this service answers on {connection.target}: stop it first")
+    done = "installed" if autostart.install(found) else "installed already, written and started anew"
+    click.echo(f"{done}: {found.path}")
+    _await_daemon(found, connection)
+
+
+@service.command(help="Stops and removes it. The cache stays on disk.")
+@_manages
+def uninstall() -> None:
+    found, _ = _service()
+    click.echo(f"{'uninstalled' if autostart.uninstall(found) else 'not installed, nothing to do'}: {found.path}")
+
+
+@service.command(help="Starts it.")
+@_manages
+def start() -> None:
+    found, connection = _service(installed=True)
+    found.start()
+    _await_daemon(found, connection)
+
+
+@service.command(help="Stops it, until the next login or `start`.")
+@_manages
+def stop() -> None:
+    _service(installed=True)[0].stop()
+    click.echo("stopped")
+
+
+@service.command("print", help="Prints what `install` would write.")
+@_manages
+def print_service() -> None:
+    click.echo(_service()[0].text(), nl=False)
+
+
+def _service(installed: bool = False) -> tuple[autostart.Agent | autostart.Unit, Connection]:
+    """The service of this user as it would be installed now, and how to reach its daemon."""
+    from kvcached.config import load  # slow to import
+
+    config = load({}, {})  # the environment of this shell is not the service's
+    found = autostart.of_this_user((sys.executable, "-m", "kvcached"), config.drain_seconds)
+    if installed and not found.path.exists():
+        raise KvcachedError(f"not installed, there is no {found.path}: run kvcachedctl service install")
+    return found, Connection(f"unix:{config.socket_path}")
+
+
+def _await_daemon(found: autostart.Agent | autostart.Unit, connection: Connection) -> None:
+    """Waits until the daemon answers; exit code 3 if it does not."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not connection.is_serving():
+        if time.monotonic() > deadline:
+            click.echo(f"no daemon answers on {connection.target} yet; its log: {found.log_hint}", err=True)
+            sys.exit(NO_DAEMON)
+        time.sleep(0.1)
+    click.echo(f"it answers on {connection.target}")
+
+
 def _as_dict(message: Any) -> dict[str, Any]:
     """Field names as in the protocol, hashes in hexadecimal, 64-bit numbers as numbers, all fields present."""
     content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
@@ -106,7 +189,7 @@ def _plain(source: Any, value: Any) -> Any:
 
 def _print_status(response: pb.StatusResponse) -> None:
     store, pool, counters = response.store, response.pool, response.counters
-    asked, hit = counters["match_tokens_total"], counters["match_hit_tokens_total"]
+    asked, hit = counters["lookup_tokens_total"], counters["lookup_hit_tokens_total"]
     summary = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "daemon": f"kvcached {response.version}, pid {response.pid}, up {response.uptime_seconds:,.0f} s",
@@ -118,8 +201,11 @@ def _print_status(response: pb.StatusResponse) -> None:
         "quota": f"{_size(store.used_bytes)} of {_size(store.quota_bytes)} used, "
         f"file {_size(store.file_bytes)}, {_size(store.free_disk_bytes)} free on disk",
         "hit rate": f"{_percent(hit, asked)} ({hit:,.0f} of {asked:,.0f} tokens since start)",
+        "disk": f"{_size(int(counters['put_stored_bytes_total']))} stored since start, "
+        f"{sum(n for name, n in counters.items() if name.startswith('evicted_blocks')):,.0f} blocks evicted",
         "queue": f"{pool.n_jobs} jobs, {_size(pool.put_bytes)} in and {_size(pool.get_bytes)} out "
         f"of {_size(pool.limit_bytes)} each, {pool.n_workers} workers",
+        "metrics": f"{response.web_address}/metrics" if response.web_address else response.web_problem or "off",
     }
     for name, value in [*rows.items(), *(("moved aside", moved) for moved in store.set_aside)]:
         summary.add_row(f"[bold]{name}[/]", value)
@@ -127,6 +213,8 @@ def _print_status(response: pb.StatusResponse) -> None:
     console.print(summary)
     if response.models:
         console.print(_model_table(response))
+    if response.engines:
+        console.print(_engine_table(response))
 
 
 def _model_table(response: pb.StatusResponse) -> Table:
@@ -143,6 +231,26 @@ def _model_table(response: pb.StatusResponse) -> Table:
                 _size(kept.stored_bytes),
                 _ratio(kept.source_bytes, kept.stored_bytes),
             )
+    return table
+
+
+def _engine_table(response: pb.StatusResponse) -> Table:
+    """Engines as they described themselves; what they neither had nor restored of a prompt, they computed."""
+    table = Table(
+        "engine", "namespace", "prompt tokens", "in memory", "restored", "computed", "fetched where new", "heard"
+    )
+    for engine in response.engines:
+        prefill, restore = engine.prefill_tokens_per_second, engine.restore_tokens_per_second
+        table.add_row(
+            f"{engine.name} ({engine.pid})",
+            engine.namespace or "-",
+            f"{engine.prompt_tokens:,}",
+            f"{engine.local_tokens:,}",
+            f"{engine.restored_tokens:,}",
+            f"{engine.prompt_tokens - engine.local_tokens - engine.restored_tokens:,}",
+            f"over {prefill / restore:.1%} of it" if prefill and restore else "not measured",
+            f"{engine.seconds_since_announced:,.0f} s ago",
+        )
     return table
 
 

@@ -5,7 +5,6 @@ new calls are taken, those under way may finish within drain_seconds, the store 
 could not start, and says why; 2: wrong usage.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -22,21 +21,24 @@ from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2 import DESCRIPTOR as HEALTH_DESCRIPTOR
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
-from kvcached import __version__, sockets
+from kvcached import __version__, logs, sockets
 from kvcached.cache import Cache
 from kvcached.config import Config, describe, load
 from kvcached.errors import KvcachedError
 from kvcached.metrics import Metrics
 from kvcached.pool import WorkerPool
 from kvcached.service import Service
+from kvcached.status import Status
 from kvcached.store import Store
+from kvcached.web import Web
 from kvcached_client import protocol
 
 log = structlog.get_logger()
-_MAX_CALLS = (
-    64  # served at once; a stream holds a thread for as long as it lives. More wait, four times as many at most
-)
+HTTP_HEALTH = "kvcached.http"  # a service name of the health protocol
+# Served at once; a stream holds a thread for as long as it lives. More wait, four times as many at most.
+_MAX_CALLS = 64
 
 
 class Daemon:
@@ -51,7 +53,7 @@ class Daemon:
             quota_bytes=config.quota_bytes,
             free_floor_bytes=config.free_floor_bytes,
             holder=f"socket {config.socket_path}",
-            on_evicted=self.metrics.evicted_blocks.inc,
+            on_removed=lambda reason, n_blocks: self.metrics.evicted_blocks.labels(reason).inc(n_blocks),
         )
         try:
             sockets.prepare(config.socket_path)
@@ -60,8 +62,12 @@ class Daemon:
             raise
         self.pool = WorkerPool(config.workers, config.queue_bytes)
         self.health = HealthServicer()
-        self._service = Service(Cache(self.store, self.pool, self.metrics, config))
+        cache = Cache(self.store, self.pool, self.metrics, config)
+        self.status = Status(cache)
+        self._service = Service(cache, self.status)
         self._server = self._build_server()
+        self._web = self._build_web() if config.http_port else None
+        self._is_serving = False
 
     def _build_server(self) -> grpc.Server:
         executor = ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="call")
@@ -73,6 +79,29 @@ class Daemon:
         health_name = HEALTH_DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((protocol.SERVICE, health_name, reflection.SERVICE_NAME), server)
         return server
+
+    def _build_web(self) -> Web | None:
+        """The cache serves without it where the port is taken: health, status and log say so."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.metrics.registry)
+        registry.register(self.status)
+        try:
+            web = Web(self.config.http_port, registry, self._why_not_ready)
+        except OSError as error:
+            self.status.web_problem = f"no metrics: http_port {self.config.http_port} cannot be used: {error}"
+            log.error("serving without HTTP", reason=self.status.web_problem)
+            return None
+        self.status.web_address = web.address
+        return web
+
+    def _why_not_ready(self) -> str:
+        if not self._is_serving:
+            return "the daemon is starting or stopping"
+        try:
+            self.store.missing_bytes(0)
+        except KvcachedError as error:
+            return f"nothing can be stored: {error}"
+        return ""
 
     def start(self) -> None:
         """Listens and serves."""
@@ -88,26 +117,31 @@ class Daemon:
         self._server.start()
         for name in ("", protocol.SERVICE):
             self.health.set(name, HealthCheckResponse.SERVING)
+        self._is_serving = True
+        if self._web:
+            self._web.start()
+        if self.config.http_port:
+            self.health.set(HTTP_HEALTH, HealthCheckResponse.SERVING if self._web else HealthCheckResponse.NOT_SERVING)
 
     def stop(self) -> None:
         """Drains and closes; returns when all is on disk."""
+        self._is_serving = False
         self.health.enter_graceful_shutdown()
         stopped = self._server.stop(grace=self.config.drain_seconds)
         was_idle = False
         while not stopped.wait(0.05):
-            if (
-                was_idle and self._service.is_idle
-            ):  # answers are out; what is left are watchers of health, who would stay
+            if was_idle and self._service.is_idle:  # answers are out; watchers of health would stay
                 self._server.stop(grace=None)
             was_idle = self._service.is_idle
         self.pool.close()
+        if self._web:
+            self._web.stop()
         self.config.socket_path.unlink(missing_ok=True)  # before the store is let go: the next daemon may bind at once
         self.store.close()
 
 
 def serve(config: Config) -> None:
     """Runs a daemon until SIGTERM or SIGINT. Raises KvcachedError if it cannot start."""
-    os.umask(0o077)
     # Blocked in every thread and waited for: a handler that sets an event can deadlock with the wait it interrupts.
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
@@ -115,27 +149,17 @@ def serve(config: Config) -> None:
     for moved in daemon.store.set_aside:
         log.warning("a store that could not be trusted was moved aside", moved=moved)
     daemon.start()
-    log.info("serving", version=__version__, socket=str(config.socket_path), store=str(config.store_path))
+    log.info(
+        "serving",
+        version=__version__,
+        socket=str(config.socket_path),
+        store=str(config.store_path),
+        http=daemon.status.web_address,
+    )
     signal.sigwait(stop_signals)
     log.info("stopping", drain_seconds=config.drain_seconds)
     daemon.stop()
     log.info("stopped")
-
-
-def configure_logging(config: Config) -> None:
-    """One line per event on stderr; tokens and prompts are never among the fields."""
-    renderer = structlog.processors.JSONRenderer() if config.log_json else structlog.dev.ConsoleRenderer(colors=False)
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,8 +178,9 @@ def main(file: Path | None, **flags: str | None) -> None:
         config = load({name: value for name, value in flags.items() if value is not None}, file=file)
     except KvcachedError as error:
         raise click.UsageError(str(error)) from None
-    configure_logging(config)
+    os.umask(0o077)
     try:
+        logs.configure(config)
         serve(config)
     except KvcachedError as error:
         log.error("cannot start", reason=str(error))

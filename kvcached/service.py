@@ -1,32 +1,32 @@
 """The wire: messages to nouns and back, errors to statuses. No policy.
 
-Handlers run in gRPC's threads; work happens in the pool and the store's writer. A Put stream has a second thread that
-reads, so that results go out while blocks come in.
+Handlers run in gRPC's threads; work happens in the pool and the store's writer. Streams: streams.py.
 """
 
-import os
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from kvcached import __version__, border
-from kvcached.block import BlockId, KVBlock
+from kvcached import border
+from kvcached.block import BlockId
 from kvcached.cache import Cache, Fetch, Floor
 from kvcached.config import describe, is_live
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached.metrics import Metrics
+from kvcached.status import Status
 from kvcached.store import PIN_FOREVER
-from kvcached_client import protocol, tensors
+from kvcached.streams import PutReceiver, put_result, send_fetched
+from kvcached_client import protocol
 from kvcached_client._proto import kvcached_pb2 as pb
-from kvcached_client.protocol import CHUNK_BYTES, METHODS, Method, Part
+from kvcached_client.protocol import METHODS, Method, Part
 
 log = structlog.get_logger()
 _GET_WAIT_SECONDS = 30.0  # for room in memory, when the caller sets no deadline
@@ -35,9 +35,8 @@ _GET_WAIT_SECONDS = 30.0  # for room in memory, when the caller sets no deadline
 class Service:
     """kvcached.v1.KvCache over one cache."""
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self._started = time.monotonic()
+    def __init__(self, cache: Cache, status: Status) -> None:
+        self._cache, self._status = cache, status
         self._config_lock = threading.Lock()
         self._active = _Active()
 
@@ -63,7 +62,9 @@ class Service:
 
     def Match(self, request: pb.MatchRequest, _: Any) -> pb.MatchResponse:  # noqa: N802
         spec = self._cache.model(request.model_id)
-        entries = self._cache.match(spec, border.block_ids(request), _floor(request))
+        block_ids = border.block_ids(request)
+        entries = self._cache.match(spec, block_ids, _floor(request))
+        log.info("match", request_id=border.printable(request.request_id), asked=len(block_ids), held=len(entries))
         blocks = [
             pb.HeldBlock(
                 fidelity=entry.fidelity,
@@ -79,26 +80,37 @@ class Service:
 
     def Put(self, parts: Iterator[Part], _: Any) -> Iterator[pb.PutResult]:  # noqa: N802
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        receiver = _Receiver(self._cache, parts)
+        receiver = PutReceiver(self._cache, parts)
         threading.Thread(target=receiver.run, args=(results.put,), name="put-receiver", daemon=True).start()
-        while (item := results.get()) is not None:
-            if isinstance(item, KvcachedError):
-                raise item
-            yield _put_result(*item)
+        with _Told("put") as told:
+            while (item := results.get()) is not None:
+                if isinstance(item, KvcachedError):
+                    raise item
+                result = put_result(*item)
+                told.request_id = item[0].request_id
+                told.counts[pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower()] += 1
+                yield result
 
     def Get(self, requests: Iterator[pb.GetRequest], context: grpc.ServicerContext) -> Iterator[Part]:  # noqa: N802
         pending: deque[Fetch] = deque()
         try:
             for request in requests:
-                for block_id in self._block_ids(request):
-                    while (fetch := self._fetch(block_id, request, pending, context)) is None:
-                        yield from _send(pending.popleft())
-                    pending.append(fetch)
-                while pending:
-                    yield from _send(pending.popleft())
+                with _Told("get", request.request_id) as told:
+                    yield from self._answer(request, pending, told, context)
         finally:
             for fetch in pending:
                 fetch.release()
+
+    def _answer(
+        self, request: pb.GetRequest, pending: deque[Fetch], told: "_Told", context: grpc.ServicerContext
+    ) -> Iterator[Part]:
+        """What one request of a Get stream asks for, in order, several blocks under way at once."""
+        for block_id in self._block_ids(request):
+            while (fetch := self._fetch(block_id, request, pending, context)) is None:
+                yield from send_fetched(pending.popleft(), told.counts)
+            pending.append(fetch)
+        while pending:
+            yield from send_fetched(pending.popleft(), told.counts)
 
     def _fetch(
         self, block_id: BlockId, request: pb.GetRequest, pending: deque[Fetch], context: grpc.ServicerContext
@@ -145,46 +157,12 @@ class Service:
         log.info("settings changed", **dict(changed))
         return pb.SetConfigResponse(settings=_settings(changed))
 
+    def Announce(self, request: pb.AnnounceRequest, _: Any) -> pb.AnnounceResponse:  # noqa: N802
+        self._status.announce(border.engine(request.engine))
+        return pb.AnnounceResponse()
+
     def Status(self, _request: pb.StatusRequest, _: Any) -> pb.StatusResponse:  # noqa: N802
-        store, pool = self._cache.store, self._cache.pool
-        totals, usage = store.totals(), store.usage()
-        sums = {name: sum(getattr(t, name) for t in totals.values()) for name in _TOTALS}
-        models = [
-            pb.ModelStatus(
-                model_id=model_id,
-                spec=spec.to_proto(),
-                fidelities=[
-                    pb.FidelityStatus(kind=pb.FidelityKind.Name(kind), **t._asdict())
-                    for (owner, kind), t in totals.items()
-                    if owner == model_id
-                ],
-            )
-            for model_id, spec in self._cache.models().items()
-        ]
-        return pb.StatusResponse(
-            version=__version__,
-            pid=os.getpid(),
-            uptime_seconds=time.monotonic() - self._started,
-            socket_path=str(self._cache.config.socket_path),
-            store=pb.StoreStatus(
-                path=str(store.path),
-                quota_bytes=store.quota_bytes,
-                used_bytes=usage.used_bytes,
-                file_bytes=usage.file_bytes,
-                free_disk_bytes=usage.free_disk_bytes,
-                set_aside=store.set_aside,
-                **sums,
-            ),
-            models=models,
-            pool=pb.PoolStatus(
-                n_workers=pool.n_workers,
-                n_jobs=pool.n_jobs,
-                put_bytes=pool.puts.used_bytes,
-                get_bytes=pool.gets.used_bytes,
-                limit_bytes=pool.puts.limit_bytes,
-            ),
-            counters=self._cache.metrics.snapshot(),
-        )
+        return self._status.response()
 
     def _block_ids(self, request: border.NamesBlocks) -> list[BlockId]:
         """The blocks that a request names. Raises PreconditionError for an unknown model."""
@@ -216,7 +194,19 @@ def _read(method: Method, request: bytes) -> Any:
         raise InvalidRequestError(f"not a message of {method.name}: {error}") from None
 
 
-_TOTALS = ("n_blocks", "n_tokens", "source_bytes", "stored_bytes")
+class _Told:
+    """Around the answer to a stream's request: one line in the log, with what became of its blocks."""
+
+    def __init__(self, event: str, request_id: str = "") -> None:
+        self.request_id, self.counts = request_id, Counter[str]()
+        self._event, self._start = event, time.monotonic()
+
+    def __enter__(self) -> "_Told":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = round(time.monotonic() - self._start, 6)
+        log.info(self._event, request_id=border.printable(self.request_id), seconds=seconds, **self.counts)
 
 
 class _Active:
@@ -255,116 +245,9 @@ class _Observed:
             code, message = "INTERNAL", "internal error, see the daemon's log"
             log.error("call failed", method=self._name, exc_info=error)
         self._metrics.rpc_requests.labels(self._name, code).inc()
-        self._metrics.rpc_seconds.labels(self._name).observe(time.monotonic() - self._start)
+        self._metrics.rpc_seconds.labels(self._name, code).observe(time.monotonic() - self._start)
         if error is not None and code != "CANCELLED":
             self._context.abort(grpc.StatusCode[code], message)
-
-
-class _Receiver:
-    """The reading side of a Put stream, in a thread of its own."""
-
-    def __init__(self, cache: Cache, parts: Iterator[Part]) -> None:
-        self._cache, self._parts = cache, parts
-
-    def run(self, emit: Callable[[Any], None]) -> None:
-        """Emits (header, future or error) for each block; an error of the stream; None at the end, always."""
-        try:
-            for part in self._parts:
-                if not isinstance(part, pb.Header):
-                    raise InvalidRequestError(f"expected a header, got {len(part)} bytes of data")
-                emit((part, self._block(part)))
-        except KvcachedError as error:
-            emit(error)
-        except grpc.RpcError as error:  # the caller is gone
-            log.debug("put stream ended early", error=str(error))
-        except Exception:
-            log.exception("receiving failed")
-            emit(KvcachedError("internal error, see the daemon's log"))
-        finally:
-            emit(None)
-
-    def _block(self, header: pb.Header) -> "Future[tuple[pb.Outcome, pb.Entry]] | KvcachedError":
-        """Admits a block, receives it and puts it. Raises InvalidRequestError if the stream cannot go on."""
-        try:
-            spec = self._cache.model(header.model_id)
-            block_id, entry = border.entry_of(header, spec, self._cache.config.max_block_bytes)
-            self._cache.pool.puts.take(entry.source_bytes)
-        except KvcachedError as error:
-            self._cache.metrics.put_blocks.labels("refused").inc()
-            self._skip(header.data_bytes)
-            return error
-        try:
-            payload = protocol.read_payload(self._parts, header.data_bytes)
-            arrays = tensors.views(header.tensors, payload)
-            block = KVBlock.dense(arrays, header.n_tokens, header.first_position)
-        except ValueError as error:
-            self._cache.pool.puts.give_back(entry.source_bytes)
-            raise InvalidRequestError(str(error)) from None
-        except BaseException:
-            self._cache.pool.puts.give_back(entry.source_bytes)
-            raise
-        return self._cache.put(block_id, entry, block)
-
-    def _skip(self, n_bytes: int) -> None:
-        """Reads past the data of a refused block."""
-        while n_bytes > 0 and (part := next(self._parts, None)) is not None:
-            if isinstance(part, pb.Header) or len(part) > n_bytes:
-                raise InvalidRequestError(f"{n_bytes} bytes of data expected, got {protocol.describe_part(part)}")
-            n_bytes -= len(part)
-
-
-def _put_result(header: pb.Header, answer: "Future[tuple[pb.Outcome, pb.Entry]] | KvcachedError") -> pb.PutResult:
-    try:
-        if isinstance(answer, KvcachedError):
-            raise answer
-        outcome, entry = answer.result()
-    except KvcachedError as error:
-        log.info("block refused", block=header.block_hash.hex()[:16], request_id=header.request_id, reason=str(error))
-        return pb.PutResult(
-            block_hash=header.block_hash, outcome=pb.OUTCOME_REFUSED, code=error.code, message=str(error)
-        )
-    return pb.PutResult(
-        block_hash=header.block_hash,
-        outcome=outcome,
-        code="OK",
-        source_bytes=entry.source_bytes,
-        stored_bytes=entry.stored_bytes,
-        fidelity=entry.fidelity,
-    )
-
-
-def _send(fetch: Fetch) -> Iterator[Part]:
-    """Header and data of one block, or the header of a miss."""
-    try:
-        yield from _block_parts(fetch.block_id, fetch.found.result())
-    finally:
-        fetch.release()
-
-
-def _block_parts(block_id: BlockId, found: tuple[pb.Entry, KVBlock] | None) -> Iterator[Part]:
-    header = pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
-    if found is None:
-        yield header
-        return
-    entry, block = found
-    arrays = block.to_tensors()
-    described = tensors.describe(arrays)
-    header.MergeFrom(
-        pb.Header(
-            found=True,
-            parent_hash=entry.parent_hash,
-            index=entry.index,
-            n_tokens=entry.n_tokens,
-            first_position=entry.first_position,
-            fidelity=entry.fidelity,
-            lineage=entry.lineage,
-            boundary=entry.boundary,
-            tensors=described,
-            data_bytes=tensors.nbytes(described),
-        )
-    )
-    yield header
-    yield from tensors.pieces(arrays, CHUNK_BYTES)
 
 
 def _floor(request: pb.MatchRequest | pb.GetRequest) -> Floor:

@@ -54,7 +54,7 @@ class Store:
         quota_bytes: int,
         free_floor_bytes: int = 0,
         holder: str = "",
-        on_evicted: Callable[[int], None] | None = None,
+        on_removed: Callable[[str, int], None] = lambda _reason, _n_blocks: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class Store:
         self._page_bytes: int = self._env.stat()["psize"]
         self._split_bytes = 2 * len(layout.TABLES) * self._page_bytes  # pages that trees may grow by in one transaction
         self._records = Records(self._tables, self._page_bytes, clock)
-        self._on_evicted = on_evicted
+        self._on_removed = on_removed  # told why, and how many blocks; from the writer's thread
         self._state = threading.Lock()  # guards what was touched
         self._touched: dict[bytes, int] = {}
         self._writer = GroupWriter(self._env, self, self._write_touched)
@@ -212,9 +212,11 @@ class Store:
 
     def delete(self, block_ids: Sequence[BlockId], reason: str) -> Future[int]:
         """Removes blocks with their descendants; how many there were."""
-        return self._writer.submit(
+        deleted = self._writer.submit(
             lambda txn: sum(self._records.delete_tree(txn, key, reason) for key in self._held_keys(txn, block_ids))
         )
+        deleted.add_done_callback(lambda done: done.exception() or self._on_removed(reason, done.result()))
+        return deleted
 
     def pin(self, block_ids: Sequence[BlockId], until: int) -> Future[int]:
         """Pins blocks until a time in microseconds (0: unpins them); how many are held."""
@@ -268,6 +270,7 @@ class Store:
         changes nothing: without it the file would grow with every block that takes another's place.
         """
         while (missing := self.missing_bytes(n_bytes)) > 0:
+            reason = self._budget()[1]
             with self._env.begin(write=True) as txn:
                 forget = self._write_touched(txn)
                 ahead = self.quota_bytes // _AHEAD
@@ -278,23 +281,27 @@ class Store:
                         f"{missing} bytes short of room for {n_bytes}: the rest is pinned or in use"
                     )
                 for victim in victims:
-                    self._records.delete_tree(txn, victim.key, "evicted")
+                    self._records.delete_tree(txn, victim.key, reason)
             forget()
             with self._env.begin(write=True) as txn:
                 self._records.turn(txn)
-            if self._on_evicted:
-                self._on_evicted(len(victims))
+            self._on_removed(reason, len(victims))
 
     def missing_bytes(self, n_bytes: int) -> int:
         """How much must be evicted before `n_bytes` fit: quota and free-space floor, whichever is tighter."""
-        usage = self.usage()
-        budget = min(self.quota_bytes, usage.file_bytes + max(0, usage.free_disk_bytes - self.free_floor_bytes))
+        budget, _, usage = self._budget()
         if n_bytes + self._split_bytes > budget:
             raise QuotaExceededError(
                 f"{n_bytes} bytes do not fit into {budget}: the quota is {self.quota_bytes} bytes, "
                 f"{usage.free_disk_bytes} are free on the disk and {self.free_floor_bytes} of them are kept free"
             )
         return usage.used_bytes + n_bytes + self._split_bytes - budget
+
+    def _budget(self) -> tuple[int, str, Usage]:
+        """Bytes that may be in use, what limits them, and what is."""
+        usage = self.usage()
+        on_disk = usage.file_bytes + max(0, usage.free_disk_bytes - self.free_floor_bytes)
+        return min(self.quota_bytes, on_disk), "quota" if self.quota_bytes <= on_disk else "free_floor", usage
 
 
 def _nothing(_txn: lmdb.Transaction) -> None:

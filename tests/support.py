@@ -132,7 +132,16 @@ class DaemonProcess:
     def launch(self, *flags: str) -> "subprocess.Popen[bytes]":
         """Starts the process without waiting for it."""
         command = [sys.executable, "-W", "error", "-m", "kvcached", "--store-path", str(self.store)]
-        command += ["--socket-path", str(self.socket), "--quota-bytes", self.quota, *self.flags, *flags]
+        command += [
+            "--socket-path",
+            str(self.socket),
+            "--quota-bytes",
+            self.quota,
+            "--http-port",
+            "0",
+            *self.flags,
+            *flags,
+        ]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KVCACHED_")}
         with self.log.open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)

@@ -27,8 +27,8 @@ def test_the_programs_in_the_readme_run(program: str, daemon: DaemonProcess) -> 
     assert result.stdout
     assert "failed" not in result.stderr
     counters = daemon.status().counters
-    assert counters["match_hit_tokens_total"] >= 256
-    assert counters['get_blocks_total{outcome="hit"}'] >= 1
+    assert counters["lookup_hit_tokens_total"] >= 256
+    assert counters['block_hits_total{fidelity="EXACT"}'] >= 1
 
 
 def test_the_tables_in_the_readme_are_the_latest_results() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -47,7 +48,7 @@ def test_a_pinned_chain_survives_what_evicts_others(daemon: DaemonProcess) -> No
             assert result.code == "OK"
         assert all(client.get(hashes_of(pinned)))
         status = daemon.status()
-        assert status.counters["evicted_blocks_total"] == 22 - status.store.n_blocks > 0
+        assert status.counters['evicted_blocks_total{reason="quota"}'] == 22 - status.store.n_blocks > 0
         assert status.store.used_bytes <= 8 << 20
         assert daemon.call("Unpin", pb.UnpinRequest(**names)).n_unpinned == 1
         for n in range(20, 40):
@@ -84,10 +85,10 @@ def test_the_status_counts_what_was_done(daemon: DaemonProcess) -> None:
     assert counters['put_blocks_total{outcome="already_held"}'] == 1
     assert counters['put_blocks_total{outcome="refused"}'] == 1
     assert counters["put_source_bytes_total"] == 4 * 512
-    assert counters["match_tokens_total"] == 6 * 4
-    assert counters["match_hit_tokens_total"] == 4 * 4
-    assert counters['get_blocks_total{outcome="hit"}'] == 3
-    assert counters['get_blocks_total{outcome="miss"}'] == 1
+    assert counters["lookup_tokens_total"] == 6 * 4
+    assert counters["lookup_hit_tokens_total"] == 4 * 4
+    assert counters['block_hits_total{fidelity="EXACT"}'] == 3
+    assert counters['block_misses_total{reason="absent"}'] == 1
     assert counters["get_source_bytes_total"] == 3 * 512
     assert counters['rpc_requests_total{method="Match",code="OK"}'] == 2
     store = status.store
@@ -182,3 +183,34 @@ def test_a_call_that_fails_names_its_status(shared_daemon: DaemonProcess) -> Non
     with pytest.raises(DaemonError, match="FAILED_PRECONDITION: unknown model abcd: register it first") as raised:
         shared_daemon.call("Match", pb.MatchRequest(model_id=b"\xab\xcd"))
     assert raised.value.code == "FAILED_PRECONDITION"
+
+
+def test_engines_that_announce_themselves_are_listed_latest_first(daemon: DaemonProcess) -> None:
+    with daemon.client(fresh_spec(), "tenant") as client:
+        for pid in range(1, 41):
+            assert client.announce(pb.Engine(name=f"engine {pid}", pid=pid, prompt_tokens=10 * pid))
+        assert client.announce(pb.Engine(name="engine 20", pid=20, prompt_tokens=7))
+    engines = daemon.status().engines
+    assert [engine.pid for engine in engines] == [20, *range(40, 20, -1), *range(19, 8, -1)]
+    assert (engines[0].prompt_tokens, engines[0].namespace, engines[0].model_id) == (7, "tenant", client.model_id)
+    assert 0 <= engines[0].seconds_since_announced < engines[-1].seconds_since_announced
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"name": "x" * 129}, "an engine's name has at most 128 bytes"),
+        ({"model_id": b"short"}, "a model id has 32 bytes, got 5"),
+        ({"namespace": "x" * 256}, "a namespace has at most 255 bytes"),
+        ({"prefill_tokens_per_second": float("nan")}, "prefill_tokens_per_second must be finite and not negative"),
+        ({"restore_tokens_per_second": -1.0}, "restore_tokens_per_second must be finite and not negative, got -1.0"),
+    ],
+)
+def test_an_engine_that_describes_itself_wrongly_is_refused(
+    fields: dict[str, Any], complaint: str, shared_daemon: DaemonProcess
+) -> None:
+    engine = pb.Engine(**{"name": "e", "model_id": bytes(32), **fields})
+    with pytest.raises(DaemonError, match=complaint) as caught:
+        shared_daemon.call("Announce", pb.AnnounceRequest(engine=engine))
+    assert caught.value.code == "INVALID_ARGUMENT"
+    assert engine not in shared_daemon.status().engines

@@ -148,4 +148,4 @@ def test_a_lower_quota_evicts_at_once(daemon: DaemonProcess) -> None:
     status = daemon.status()
     assert 0 < status.store.n_blocks < 8
     assert status.store.used_bytes <= status.store.quota_bytes == 1 << 20
-    assert status.counters["evicted_blocks_total"] == 8 - status.store.n_blocks
+    assert status.counters['evicted_blocks_total{reason="quota"}'] == 8 - status.store.n_blocks

@@ -38,7 +38,7 @@ def test_status_as_json_has_the_fields_of_the_protocol(filled: DaemonProcess) ->
     assert status["store"]["n_blocks"] == 3
     assert status["store"]["source_bytes"] == 3 * 2 * 2 * 2 * 4 * 8 * 2
     assert status["store"]["quota_bytes"] == 64 << 20
-    assert status["counters"]["match_hit_tokens_total"] == 12
+    assert status["counters"]["lookup_hit_tokens_total"] == 12
     (model,) = status["models"]
     assert model["model_id"] == tiny_spec().model_id.hex()
     assert model["spec"]["fingerprint"]["weights"] == "w0"

@@ -214,7 +214,7 @@ def test_what_left_is_remembered_with_its_reason(store: Store) -> None:
     put(store, (8, 1), b"child")
     store.delete([name(8)], "deleted").result()
     reasons = {d.block_hash: d.reason for d in store.departures()}
-    assert reasons[name(0).block_hash] == "evicted"
+    assert reasons[name(0).block_hash] == "quota"
     assert reasons[name(8).block_hash] == reasons[name(8, 1).block_hash] == "deleted"
 
 

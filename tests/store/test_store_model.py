@@ -38,11 +38,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.path, quota_bytes=QUOTA, on_evicted=self.evicted, clock=lambda: self.now)
+        self.store = Store(self.path, quota_bytes=QUOTA, on_removed=self.removed, clock=lambda: self.now)
         self.store.put_model(SPEC).result()
 
-    def evicted(self, n_blocks: int) -> None:
-        self.n_evicted += n_blocks
+    def removed(self, reason: str, n_blocks: int) -> None:
+        self.n_evicted += n_blocks * (reason == "quota")
 
     def id(self, hash_: bytes) -> BlockId:
         return BlockId(SPEC.model_id, "", hash_)

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -106,16 +107,11 @@ class Client:
             accepts_compacted=accepts_compacted,
             request_id=request_id,
         )
-        try:
-            with _Attempt(self) as attempt:
-                if attempt.refused or not hashes:
-                    return Match()
-                response = self._connection.call("Match", request, self.limits.match_seconds)
-                n_held = min(len(response.blocks), len(hashes))
-                return Match(tuple(hashes[:n_held]), tuple(response.blocks[:n_held]))
-        except DaemonError as error:
-            log.warning("match failed, taken as a miss: %s", error)
+        response = self._ask("Match", request)
+        if response is None:
             return Match()
+        n_held = min(len(response.blocks), len(hashes))
+        return Match(tuple(hashes[:n_held]), tuple(response.blocks[:n_held]))
 
     def get(
         self,
@@ -124,8 +120,12 @@ class Client:
         floor: FidelityKind = FidelityKind.EXACT,
         accepts_compacted: bool = False,
         request_id: str = "",
+        timeout: float | None = None,
     ) -> Iterator[Block | None]:
-        """The blocks asked for, in order: exactly one item for each hash, None for one that is not to be had."""
+        """The blocks asked for, in order: exactly one item for each hash, None for one that is not to be had.
+
+        timeout: seconds for all of them, `limits.get_seconds` at most.
+        """
         request = pb.GetRequest(
             model_id=self.model_id,
             namespace=self.namespace,
@@ -138,7 +138,8 @@ class Client:
         try:
             with _Attempt(self) as attempt:
                 if not attempt.refused and hashes:
-                    parts = self._connection.get(request, self.limits.get_seconds)
+                    seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
+                    parts = self._connection.get(request, seconds)
                     for block_hash in hashes:
                         yield _read_block(parts, block_hash, self.limits.block_bytes)
                         n_yielded += 1
@@ -171,6 +172,26 @@ class Client:
         if any(result.code == "FAILED_PRECONDITION" for result in upload.results):
             self._registered.clear()  # perhaps the daemon lost its store, and the model with it
         return upload.results + upload.unanswered(reason)
+
+    def delete(self, hashes: Sequence[bytes]) -> int:
+        """Removes blocks with their descendants; how many left. 0 if nobody answers."""
+        request = pb.DeleteRequest(model_id=self.model_id, namespace=self.namespace, block_hashes=hashes)
+        response = self._ask("Delete", request)
+        return response.n_deleted if response else 0
+
+    def announce(self, engine: pb.Engine) -> bool:
+        """Describes the engine that this client serves, for the daemon's status; whether the daemon heard it."""
+        engine.model_id, engine.namespace = self.model_id, self.namespace
+        return self._ask("Announce", pb.AnnounceRequest(engine=engine)) is not None
+
+    def _ask(self, name: str, request: Any) -> Any:
+        """One short call; None if it failed, for whatever reason."""
+        try:
+            with _Attempt(self) as attempt:
+                return None if attempt.refused else self._connection.call(name, request, self.limits.match_seconds)
+        except DaemonError as error:
+            log.warning("%s failed: %s", name, error)
+            return None
 
     def close(self) -> None:
         self._connection.close()

@@ -310,12 +310,48 @@ class UnpinResponse(_message.Message):
     n_unpinned: int
     def __init__(self, n_unpinned: _Optional[int] = ...) -> None: ...
 
+class AnnounceRequest(_message.Message):
+    __slots__ = ("engine",)
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    engine: Engine
+    def __init__(self, engine: _Optional[_Union[Engine, _Mapping]] = ...) -> None: ...
+
+class AnnounceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Engine(_message.Message):
+    __slots__ = ("name", "pid", "model_id", "namespace", "prefill_tokens_per_second", "restore_tokens_per_second", "prompt_tokens", "local_tokens", "restored_tokens", "dropped_blocks", "seconds_since_announced")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SINCE_ANNOUNCED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pid: int
+    model_id: bytes
+    namespace: str
+    prefill_tokens_per_second: float
+    restore_tokens_per_second: float
+    prompt_tokens: int
+    local_tokens: int
+    restored_tokens: int
+    dropped_blocks: int
+    seconds_since_announced: float
+    def __init__(self, name: _Optional[str] = ..., pid: _Optional[int] = ..., model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., prefill_tokens_per_second: _Optional[float] = ..., restore_tokens_per_second: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., local_tokens: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., dropped_blocks: _Optional[int] = ..., seconds_since_announced: _Optional[float] = ...) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("version", "pid", "uptime_seconds", "socket_path", "store", "models", "pool", "counters")
+    __slots__ = ("version", "pid", "uptime_seconds", "socket_path", "store", "models", "pool", "counters", "engines", "web_address", "web_problem")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -331,6 +367,9 @@ class StatusResponse(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    WEB_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WEB_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_seconds: float
@@ -339,7 +378,10 @@ class StatusResponse(_message.Message):
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     pool: PoolStatus
     counters: _containers.ScalarMap[str, float]
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., socket_path: _Optional[str] = ..., store: _Optional[_Union[StoreStatus, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    web_address: str
+    web_problem: str
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., socket_path: _Optional[str] = ..., store: _Optional[_Union[StoreStatus, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., counters: _Optional[_Mapping[str, float]] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., web_address: _Optional[str] = ..., web_problem: _Optional[str] = ...) -> None: ...
 
 class StoreStatus(_message.Message):
     __slots__ = ("path", "n_blocks", "n_tokens", "source_bytes", "stored_bytes", "used_bytes", "file_bytes", "quota_bytes", "free_disk_bytes", "set_aside")
