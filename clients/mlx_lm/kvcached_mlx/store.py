@@ -6,8 +6,11 @@ and logged.
 """
 
 import logging
+import os
 import queue
 import threading
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,7 @@ from kvcached_client import Block, Client, Match
 from kvcached_client._proto import kvcached_pb2 as pb
 
 from . import blocks
+from .breakeven import BreakEven
 from .fingerprint import fresh_cache
 from .tree import UnsupportedCacheError
 
@@ -24,18 +28,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Counts:
-    """Blocks since the start."""
+    """Blocks offloaded and tokens of prompts asked for, since the start."""
 
     sent: int = 0
     held: int = 0  # of those sent, already with the daemon
     refused: int = 0
     dropped: int = 0
+    prompt_tokens: int = 0
+    local_tokens: int = 0  # of those, at hand without the daemon
+    restored_tokens: int = 0  # and restored; the rest was left to compute
 
 
 class PromptStore:
     """Prompt caches of one model in one daemon and namespace.
 
-    make_cache gives an empty prompt cache of the classes that the client's spec describes.
+    make_cache: gives an empty prompt cache of the classes that the client's spec describes.
+    break_even: decides whether a held prefix is worth fetching; learns from each restore.
+    min_tokens: shorter prefixes are not restored.
+    name: of this engine, for the daemon's status.
     """
 
     def __init__(
@@ -44,49 +54,78 @@ class PromptStore:
         client: Client,
         *,
         make_cache: Callable[[], list[Any]] | None = None,
+        break_even: BreakEven | None = None,
+        min_tokens: int = 0,
         queue_bytes: int = 1 << 30,
+        name: str = "mlx-lm",
     ) -> None:
         self.spec, self.client = client.spec, client
         self.counts = Counts()
+        self.break_even = break_even or BreakEven()
+        self._name, self._min_tokens = name, min_tokens
         self._make_cache = make_cache or (lambda: fresh_cache(model))
+        self._classes = [type(entry) for entry in self._make_cache()]
         self._limit_bytes = queue_bytes
         self._state = threading.Condition()  # guards what follows, and the counts
         self._waiting_bytes = 0
         self._held: set[bytes] = set()  # blocks that the daemon has, as far as we know: not taken again
-        self._queue: queue.SimpleQueue[list[Block] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Block] | None] = queue.SimpleQueue()  # an empty list: only announce
         self._thread = threading.Thread(target=self._send_all, name="kvcached-sender", daemon=True)
         self._thread.start()
 
     # ---- in
 
-    def restore(self, token_ids: Sequence[int]) -> tuple[list[Any], int]:
+    def restore(self, token_ids: Sequence[int], *, n_local: int = 0) -> tuple[list[Any], int]:
         """A prompt cache with the longest prefix that the daemon has, and its number of tokens.
 
-        At least one token is left to feed. (empty cache, 0) for a miss, for whatever reason.
+        At least one token is left to feed. (empty cache, 0) for a miss, for whatever reason: nothing longer than the
+        `n_local` tokens that the caller has anyway is held, or computing the rest is faster than fetching it all.
         """
         hashes = self.client.chain(token_ids[:-1])
-        match = self.client.match(hashes)
+        cache, n_tokens = self._make_cache(), 0
+        if len(hashes) * self.spec.block_size > n_local:
+            fetched = self._fetch(hashes, n_local)
+            try:
+                if fetched:
+                    start = time.perf_counter()
+                    blocks.from_blocks(self.spec, fetched.blocks, cache)
+                    n_tokens = len(fetched.blocks) * self.spec.block_size
+                    self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
+            except UnsupportedCacheError as error:
+                log.warning("restored blocks do not fit, taken as a miss: %s", error)
+                cache, n_tokens = self._make_cache(), 0
+        with self._state:
+            self.counts.prompt_tokens += len(token_ids)
+            self.counts.local_tokens += 0 if n_tokens else n_local
+            self.counts.restored_tokens += n_tokens
+        self._queue.put([])
+        return cache, n_tokens
+
+    def _fetch(self, hashes: Sequence[bytes], n_local: int) -> "_Fetched | None":
+        """The blocks to make a cache of; None if there are none, or if they do not pay."""
+        start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
+        match = self.client.match(hashes, request_id=request_id)
         with self._state:
             self._held.difference_update(hashes[len(match.blocks) :])  # what has left there may be offloaded again
         n_blocks = self._usable(match)
+        n_held = n_blocks * self.spec.block_size
+        if n_held < self._min_tokens or not self.break_even.pays(n_local, n_held):
+            return None
+        timeout = self.break_even.patience(n_local, n_held)
         fetched: list[Block] = []
-        for block in self.client.get(hashes[:n_blocks]) if n_blocks else ():
+        for block in self.client.get(hashes[:n_blocks], request_id=request_id, timeout=timeout):
             if block is None:
                 break
             fetched.append(block)
-        if self.spec.needs_boundary and len(fetched) < n_blocks:
-            fetched = []  # the state was in the last block
-        cache = self._make_cache()
-        if not fetched:
-            return cache, 0
-        try:
-            blocks.from_blocks(self.spec, fetched, cache)
-        except UnsupportedCacheError as error:
-            log.warning("restored blocks do not fit, taken as a miss: %s", error)
-            return self._make_cache(), 0
+        n_fetched = len(fetched) * self.spec.block_size
+        is_cut = len(fetched) < n_blocks and self.spec.needs_boundary  # the state was in the last block
+        if is_cut or n_fetched <= n_local or n_fetched < self._min_tokens:
+            return None
+        seconds = time.perf_counter() - start
+        log.info("restored %d tokens in %.3f s, request %s", n_fetched, seconds, request_id)
         with self._state:
             self._held.update(block.block_hash for block in fetched)
-        return cache, len(fetched) * self.spec.block_size
+        return _Fetched(fetched, seconds)
 
     def _usable(self, match: Match) -> int:
         """How many blocks of a match can be used: all, or up to the last one with the state of all layers."""
@@ -101,6 +140,9 @@ class PromptStore:
 
         Blocks that the daemon is known to have are not taken again.
         """
+        if [type(entry) for entry in cache] != self._classes:
+            log.warning("prompt cache of %d tokens not offloaded: not of the classes of this model", len(token_ids))
+            return 0
         hashes = self.client.chain(token_ids)
         with self._state:
             held = set(self._held)
@@ -118,6 +160,7 @@ class PromptStore:
                 log.warning("%d blocks dropped: %d bytes wait to be sent already", len(taken), self._waiting_bytes)
                 return 0
             self._waiting_bytes += n_bytes
+            self._held.update(block.block_hash for block in taken)  # as good as held: not taken twice
         self._queue.put(taken)
         return len(taken)
 
@@ -135,7 +178,10 @@ class PromptStore:
     def _send_all(self) -> None:
         while (taken := self._queue.get()) is not None:
             try:
-                self._send(taken)
+                if taken:
+                    self._send(taken)
+                if self._queue.empty():
+                    self.announce()
             except Exception:
                 log.exception("sending failed")  # the thread must live: inference knows nothing of it
             finally:
@@ -147,7 +193,6 @@ class PromptStore:
         results = self.client.put(taken)
         answered = [result for result in results if result.code == "OK"]
         with self._state:
-            self._held.update(result.block_hash for result in answered)
             self.counts.sent += len(answered)
             self.counts.held += sum(result.outcome == pb.OUTCOME_ALREADY_HELD for result in answered)
             self.counts.refused += len(results) - len(answered)
@@ -157,6 +202,30 @@ class PromptStore:
             if result.code != "OK":
                 log.warning("block %s refused: %s %s", result.block_hash.hex()[:16], result.code, result.message)
                 break  # its descendants share its fate
+
+    def announce(self) -> None:
+        """Tells the daemon who this is and how it goes, for `kvcachedctl status`."""
+        with self._state:
+            counts = self.counts
+            engine = pb.Engine(
+                name=self._name,
+                pid=os.getpid(),
+                prefill_tokens_per_second=self.break_even.prefill,
+                restore_tokens_per_second=self.break_even.restore,
+                prompt_tokens=counts.prompt_tokens,
+                local_tokens=counts.local_tokens,
+                restored_tokens=counts.restored_tokens,
+                dropped_blocks=counts.dropped,
+            )
+        self.client.announce(engine)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """Consecutive blocks, and the seconds that they took to come."""
+
+    blocks: list[Block]
+    seconds: float
 
 
 def _n_bytes(taken: Sequence[Block]) -> int:

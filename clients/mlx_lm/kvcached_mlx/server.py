@@ -1,0 +1,193 @@
+"""mlx_lm.server with kvcached behind its prompt cache: the same flags, and those below.
+
+    python -m kvcached_mlx.server --model PATH [--namespace NAME] [--offload-turns] ...
+
+Prompt caches are offloaded when mlx-lm evicts them and at shutdown (SIGTERM, Ctrl-C), and fetched when the daemon holds
+a longer prefix than mlx-lm does, by enough to pay. mlx-lm's classes are replaced by ours where its main() and run()
+look them up; nothing else of it is touched. A daemon that is absent, hung, full or killed costs speed only.
+"""
+
+import argparse
+import functools
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+from mlx_lm import server
+from mlx_lm.utils import hf_repo_to_path
+
+from kvcached_client import Client, Fingerprint, Limits
+
+from .breakeven import BreakEven, measure
+from .fingerprint import fingerprint, fresh_cache, model_spec
+from .prompt_cache import OffloadingPromptCache
+from .store import PromptStore
+
+log = logging.getLogger("kvcached_mlx.server")
+
+# A local daemon answers in milliseconds; nobody who generates waits longer than this for one that hangs.
+_LIMITS = Limits(match_seconds=1.0)
+_PROBE_LIMITS = Limits(match_seconds=1.0, get_seconds=5.0, put_seconds=5.0)
+_PROBE_NAMESPACE = "kvcached/probe"
+_LAST_SECONDS = 30.0  # for what is still to be sent when the server stops
+
+
+class Stores:
+    """The PromptStore of each model that this server has loaded, by what the model was and not by where it lies."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._current: dict[Any, PromptStore] = {}  # by mlx-lm's model key
+        self._all: dict[bytes, PromptStore] = {}  # by model id
+
+    def of(self, model_key: Any) -> PromptStore | None:
+        """None for a model whose cache is not offloaded."""
+        return self._current.get(model_key)
+
+    def loaded(self, provider: Any, files_before: Fingerprint | None) -> None:
+        """Makes ready for the model that a provider has just loaded; says in the log how, or why not."""
+        key = provider.model_key
+        self._current.pop(key, None)
+        try:
+            if reason := _unsupported(provider):
+                log.warning("prompt caches are not offloaded: %s", reason)
+            else:
+                self._current[key] = self._open(provider, files_before)
+        except Exception as error:  # noqa: BLE001 - whatever a model is, it can be served without us
+            log.warning("prompt caches are not offloaded: %r", error)
+
+    def close(self) -> None:
+        for store in self._all.values():
+            store.close(_LAST_SECONDS)
+            log.info("kvcached, since the start: %s", store.counts)
+
+    def _open(self, provider: Any, files_before: Fingerprint | None) -> PromptStore:
+        path, adapter, _ = provider.model_key
+        flags = provider.cli_args
+        kv_bits, kv_group_size = getattr(flags, "kv_bits", None), getattr(flags, "kv_group_size", 64)
+        spec = model_spec(
+            provider.model, _directory(path), adapter_path=adapter, kv_bits=kv_bits, kv_group_size=kv_group_size
+        )
+        if files_before not in (None, spec.fingerprint):
+            raise RuntimeError("the files of the model changed while it was loaded")
+        if spec.model_id in self._all:
+            return self._all[spec.model_id]
+        make_cache = functools.partial(_fresh_cache, provider, kv_bits, kv_group_size)
+        store = PromptStore(
+            provider.model,
+            self._client(spec, self._options.namespace, _LIMITS),
+            make_cache=make_cache,
+            break_even=self._break_even(provider.model, spec, make_cache),
+            # mlx-lm keeps shorter caches in full precision
+            min_tokens=flags.quantized_kv_start if kv_bits else 0,
+            queue_bytes=self._options.offload_queue_bytes,
+            name=f"mlx_lm.server {mlx_lm.__version__}",
+        )
+        log.info("kvcached, model %s: %s", spec.model_id.hex()[:12], store.break_even)
+        store.announce()
+        self._all[spec.model_id] = store
+        return store
+
+    def _break_even(self, model: Any, spec: Any, make_cache: Any) -> BreakEven:
+        with self._client(spec, _PROBE_NAMESPACE, _PROBE_LIMITS) as probe:
+            return measure(model, make_cache, probe)
+
+    def _client(self, spec: Any, namespace: str, limits: Limits) -> Client:
+        return Client(spec, namespace=namespace, target=self._options.target, limits=limits)
+
+
+def _fresh_cache(provider: Any, kv_bits: int | None, kv_group_size: int) -> list[Any]:
+    """Of the model that is loaded now: a closure over the model itself would keep it in memory for ever."""
+    return fresh_cache(provider.model, kv_bits, kv_group_size)
+
+
+def _directory(path: str) -> Path:
+    """Where a model's files are, given a directory or the name of a repository that mlx-lm has downloaded."""
+    return Path(path) if Path(path).is_dir() else Path(hf_repo_to_path(path))
+
+
+def _unsupported(provider: Any) -> str:
+    """Why the cache of a loaded model cannot be offloaded; empty if it can."""
+    if provider.draft_model is not None:
+        return "with a draft model, a prompt has two caches"
+    return "the model is distributed over several processes" if provider.is_distributed else ""
+
+
+def install(options: argparse.Namespace) -> Stores:
+    """Puts our classes in the place of mlx_lm.server's."""
+    stores = Stores(options)
+
+    class Provider(server.ModelProvider):  # type: ignore[misc] # mlx_lm is untyped
+        def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
+            local = Path(model_path).is_dir() and any(Path(model_path).glob("*.safetensors"))
+            before = fingerprint(Path(model_path), adapter_path) if local else None
+            super()._load(model_path, adapter_path, draft_model_path)
+            stores.loaded(self, before)
+
+    class Generator(server.ResponseGenerator):  # type: ignore[misc] # mlx_lm is untyped
+        def _generate(self) -> None:
+            cache = self.prompt_cache
+            try:
+                super()._generate()
+            finally:  # on this thread, for mlx arrays may be touched nowhere else
+                cache.offload_all(time.monotonic() + _LAST_SECONDS)
+
+    server.ModelProvider, server.ResponseGenerator = Provider, Generator
+    server.LRUPromptCache = functools.partial(OffloadingPromptCache, stores.of, each_turn=options.offload_turns)
+    return stores
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and all the others, which are mlx-lm's."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvcached_mlx.server", usage="%(prog)s [kvcached's flags] [mlx_lm.server's flags]",
+        add_help=False, allow_abbrev=False,
+    )  # fmt: skip
+    group = parser.add_argument_group("kvcached")
+    group.add_argument("--target", help="where the daemon listens: unix:PATH or HOST:PORT (default: its own default)")
+    group.add_argument(
+        "--namespace", default="", help="blocks are shared within a namespace only (default: the empty one)"
+    )
+    group.add_argument(
+        "--offload-turns",
+        action="store_true",
+        help="offload after each answer too, so that other servers share it and a kill -9 loses nothing",
+    )
+    group.add_argument(
+        "--offload-queue-bytes",
+        type=_positive,
+        default=1 << 30,
+        metavar="N",
+        help="memory for what waits to be sent; more is dropped (default: 1 GiB)",
+    )
+    if "-h" in arguments or "--help" in arguments:
+        parser.print_help()
+        print("\nand all flags of mlx_lm.server:\n")
+    return parser.parse_known_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, others = parse(sys.argv[1:] if arguments is None else arguments)
+    sys.argv = ["mlx_lm.server", *others]
+    stores = install(options)
+    # Service managers stop with SIGTERM, mlx-lm listens for Ctrl-C only: what it holds is offloaded in both cases.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.main()
+    finally:
+        stores.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The command line of our server: its own flags, and mlx-lm's."""
+
+import subprocess
+import sys
+
+import pytest
+from support import REFERENCE_MODEL
+
+
+def run_module(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "kvcached_mlx.server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_help_shows_our_flags_and_all_of_mlx_lm() -> None:
+    result = run_module("--help")
+    assert result.returncode == 0
+    for flag in ("--namespace", "--offload-turns", "--target", "--prompt-cache-size", "--adapter-path"):
+        assert flag in result.stdout
+
+
+@pytest.mark.parametrize("flags", [("--nonsense",), ("--offload-queue-bytes", "many"), ("--offload-queue-bytes", "-1")])
+def test_wrong_flags_are_refused(flags: tuple[str, ...]) -> None:
+    result = run_module("--model", str(REFERENCE_MODEL), *flags)
+    assert result.returncode == 2
+    assert flags[0] in result.stderr
