@@ -5,36 +5,51 @@ are not reused.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import lmdb
+from google.protobuf.message import DecodeError
 
 from kvcached import layout
 from kvcached.layout import Tables, Totals
 from kvcached_client._proto import kvcached_pb2 as pb
 
 _MAX_PROBLEMS = 100
+T = TypeVar("T")
 Entries = Mapping[bytes, pb.Entry]
 
 
-def audit(txn: lmdb.Transaction, tables: Tables, page_bytes: int, quota_bytes: int) -> list[str]:
+def audit(txn: lmdb.Transaction, tables: Tables) -> list[str]:
     """What is wrong, in words, at most 100 of them; empty if every invariant holds. txn: begun with buffers=True."""
 
     def rows(table: lmdb._Database) -> Iterator[tuple[bytes, bytes | memoryview]]:
         return ((bytes(key), value) for key, value in txn.cursor(table))
 
-    entries = {key: pb.Entry.FromString(bytes(record)) for key, record in rows(tables.entries)}
-    problems = [
-        *_chain_problems(entries, {key for key, _ in rows(tables.models)}),
+    problems: list[str] = []
+    entries = _parsed(rows(tables.entries), pb.Entry.FromString, problems)
+    models = _parsed(rows(tables.models), pb.ModelSpec.FromString, problems)
+    problems += [
+        *_chain_problems(entries, set(models)),
         *_recency_problems(entries, {key for key, _ in rows(tables.recency)}),
         *_children_problems(entries, {(key, bytes(child)) for key, child in rows(tables.children)}),
         *_payload_problems(entries, {key: len(value) for key, value in rows(tables.payload)}),
-        *_totals_problems(entries, {key: Totals.unpack(record) for key, record in rows(tables.totals)}),
+        *_totals_problems(entries, {key: bytes(record) for key, record in rows(tables.totals)}),
     ]
-    used_bytes = tables.used_bytes(txn, page_bytes)
-    if used_bytes > quota_bytes:
-        problems.append(f"{used_bytes} bytes are in use under a quota of {quota_bytes}")
     return problems[:_MAX_PROBLEMS]
+
+
+def _parsed(
+    rows: Iterator[tuple[bytes, bytes | memoryview]], parse: Callable[[bytes], T], problems: list[str]
+) -> dict[bytes, T]:
+    """The records that can be read; of the others, a problem."""
+    found = {}
+    for key, record in rows:
+        try:
+            found[key] = parse(bytes(record))
+        except (DecodeError, ValueError) as error:
+            problems.append(f"the record {key.hex()} cannot be read: {error}")
+    return found
 
 
 def _chain_problems(entries: Entries, models: set[bytes]) -> Iterator[str]:
@@ -72,14 +87,15 @@ def _payload_problems(entries: Entries, sizes: Mapping[bytes, int]) -> Iterator[
             yield f"block {layout.split_key(key)[1].hex()} has {n_bytes} of {entry.frame_bytes} payload bytes"
 
 
-def _totals_problems(entries: Entries, totals: Mapping[bytes, Totals]) -> Iterator[str]:
+def _totals_problems(entries: Entries, records: Mapping[bytes, bytes]) -> Iterator[str]:
     sums: dict[bytes, Totals] = {}
     for key, entry in entries.items():
         totals_key = layout.totals_key(key, entry)
         sums[totals_key] = sums.get(totals_key, Totals()).plus(entry, 1)
-    for key in sums.keys() | totals.keys():
-        if sums.get(key, Totals()) != totals.get(key, Totals()):
-            yield f"totals of {key.hex()} are {totals.get(key)}, the entries add up to {sums.get(key)}"
+    for key in sums.keys() | records.keys():
+        total = sums.get(key, Totals())
+        if records.get(key, Totals().pack()) != total.pack():
+            yield f"the totals of {key.hex()} are not what the entries add up to: {total}"
 
 
 def _differences(what: str, expected: set[bytes], found: set[bytes]) -> Iterator[str]:

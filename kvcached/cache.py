@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 
 import structlog
@@ -45,13 +46,17 @@ class Floor:
         return min(entry.fidelity.kind, entry.lineage) >= self.kind
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Claim:
-    """A put under way. `queued`: its commit is queued behind its parent's, or it failed. `done`: the answer."""
+    """A put under way. `done`: the answer.
+
+    waiting: children that are encoded and wait for this commit to be queued before theirs; None once nobody must wait.
+    """
 
     entry: pb.Entry
-    queued: Future[None] = field(default_factory=Future)
     done: "Future[Stored]" = field(default_factory=Future)
+    encoded: "Future[bytes]" = field(default_factory=Future)
+    waiting: "list[tuple[BlockId, _Claim]] | None" = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,28 +116,52 @@ class Cache:
         claim = _Claim(entry)
         claim.done.add_done_callback(lambda done: self._put_done(block_id, claim, done))
         with self._lock:
-            other = self._claims.setdefault(block_id, claim)
+            other = self._claims.get(block_id)
             parent = self._claims.get(BlockId(block_id.model_id, block_id.namespace, entry.parent_hash))
-        if other is not claim and not improves(entry, other.entry):
-            other.done.add_done_callback(lambda done: self._answer(claim, done.exception() or _held(done.result())))
+            joins = other is not None and _same_place(entry, other.entry) and not improves(entry, other.entry)
+            if not joins:
+                self._claims[block_id] = claim
+        if other and joins:
+            other.done.add_done_callback(lambda done: _answer(claim, done.exception() or _held(done.result())))
             return claim.done
         try:
             if held := self.store.no_worse(block_id, entry):
-                return self._answer(claim, (pb.OUTCOME_ALREADY_HELD, held))
-            encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, FidelityKind(entry.lineage))
-        except KvcachedError as error:
-            return self._answer(claim, error)
+                return self._answer_early(claim, (pb.OUTCOME_ALREADY_HELD, held))
+            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, FidelityKind(entry.lineage))
+        except Exception as error:  # noqa: BLE001 - a claim that is never answered is a hang
+            return self._answer_early(claim, error)
+        claim.encoded.add_done_callback(lambda _: self._commit_behind(parent, block_id, claim))
+        return claim.done
 
-        def commit(_: object = None) -> None:
-            try:
-                stored = self.store.put(block_id, entry, encoded.result())
-            except (Exception, CancelledError) as error:  # noqa: BLE001 - a claim that is never answered is a hang
-                self._answer(claim, error)
+    def _commit_behind(self, parent: _Claim | None, block_id: BlockId, claim: _Claim) -> None:
+        """Commits an encoded block as soon as its parent's commit is queued."""
+        with self._lock:
+            if parent and parent.waiting is not None:
+                parent.waiting.append((block_id, claim))
                 return
-            claim.queued.set_result(None)  # first: the commit may be over already, and its answer would do it too
-            stored.add_done_callback(lambda future: self._answer(claim, future.exception() or future.result()))
+        self._commit_all([(block_id, claim)])
 
-        encoded.add_done_callback(lambda _: parent.queued.add_done_callback(commit) if parent else commit())
+    def _commit_all(self, ready: list[tuple[BlockId, _Claim]]) -> None:
+        """Queues commits, and those of the children that waited for them. A loop, for chains are longer than stacks."""
+        while ready:
+            block_id, claim = ready.pop()
+            try:
+                stored = self.store.put(block_id, claim.entry, claim.encoded.result())
+                stored.add_done_callback(partial(_answer_as, claim))
+            except (Exception, CancelledError) as error:  # noqa: BLE001 - a claim that is never answered is a hang
+                _answer(claim, error)
+            ready += self._let_go(claim)
+
+    def _let_go(self, claim: _Claim) -> list[tuple[BlockId, _Claim]]:
+        """Those who waited for a claim; nobody does from now on."""
+        with self._lock:
+            waiting, claim.waiting = claim.waiting or [], None
+        return waiting
+
+    def _answer_early(self, claim: _Claim, answer: Stored | BaseException) -> "Future[Stored]":
+        """Answers a claim that has nothing to commit."""
+        _answer(claim, answer)
+        self._commit_all(self._let_go(claim))
         return claim.done
 
     def get(self, block_id: BlockId, floor: Floor, wait_seconds: float) -> Fetch:
@@ -203,16 +232,6 @@ class Cache:
         self.metrics.put_blocks.labels("refused").inc()
         self.metrics.refused_blocks.labels(error.code if isinstance(error, KvcachedError) else "INTERNAL").inc()
 
-    def _answer(self, claim: _Claim, answer: Stored | BaseException) -> "Future[Stored]":
-        """Answers a claim, and lets its children go on."""
-        if isinstance(answer, BaseException):
-            claim.done.set_exception(answer)
-        else:
-            claim.done.set_result(answer)
-        if not claim.queued.done():
-            claim.queued.set_result(None)
-        return claim.done
-
     def _read(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
         """In a worker: the block, or None if it left in the meantime or cannot be read."""
         start, found, reason = time.perf_counter(), None, "absent"
@@ -249,6 +268,22 @@ class Cache:
         entry, frame = found
         pipeline = self.pool.pipeline(self.model(block_id.model_id))
         return entry, pipeline.decode(block_id, frame, max_source_bytes=entry.source_bytes)
+
+
+def _answer(claim: _Claim, answer: Stored | BaseException) -> None:
+    if isinstance(answer, BaseException):
+        claim.done.set_exception(answer)
+    else:
+        claim.done.set_result(answer)
+
+
+def _answer_as(claim: _Claim, stored: "Future[Stored]") -> None:
+    _answer(claim, stored.exception() or stored.result())
+
+
+def _same_place(a: pb.Entry, b: pb.Entry) -> bool:
+    """Whether two puts of one block say the same of where it is: a wrong one must not answer for a right one."""
+    return (a.index, a.first_position, a.n_tokens) == (b.index, b.first_position, b.n_tokens)
 
 
 def _held(stored: Stored) -> Stored:

@@ -29,13 +29,22 @@ from kvcached_client.hashing import HASH_BYTES, ROOT
 
 FORMAT = b"kvcached store 1"
 CHUNK_BYTES = 65_520
-RING_SLOTS = 16_384
+_MAX_RING_SLOTS, _QUOTA_PER_SLOT = 16_384, 8192  # about 1 % of a small quota
 TABLES = ("sys", "models", "entries", "children", "recency", "payload", "totals", "departed")
 _RECENCY = struct.Struct(">QI")
 _PAYLOAD = struct.Struct(">QH")
 _TOTALS = struct.Struct("<4Q")
 _PAGE_HEADER_BYTES = 16
 _MAX_INDEX = 0xFFFFFFFF
+# What LMDB says of a file that is not a database, or not this one. All else it says of the machine.
+OF_THE_FILE = (
+    lmdb.InvalidError,
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+    lmdb.IncompatibleError,
+    lmdb.NotFoundError,
+)
 # What a block costs beside its payload: entry, recency, child and departure records in B-tree leaves half full.
 RECORD_BYTES = 2048
 
@@ -57,6 +66,9 @@ class Totals(NamedTuple):
 
     @classmethod
     def unpack(cls, record: bytes | memoryview | None) -> "Totals":
+        """Raises ValueError for a record that is none."""
+        if record and len(record) != _TOTALS.size:
+            raise ValueError(f"totals take {_TOTALS.size} bytes, got {len(record)}")
         return cls(*_TOTALS.unpack(record)) if record else cls()
 
 
@@ -131,6 +143,15 @@ def payload_keys(entry: pb.Entry) -> Iterator[bytes]:
 def payload_id(key: bytes) -> int:
     number: int = _PAYLOAD.unpack(key)[0]
     return number
+
+
+def ring_slots(quota_bytes: int) -> int:
+    """How many departures are remembered."""
+    return min(_MAX_RING_SLOTS, quota_bytes // _QUOTA_PER_SLOT)
+
+
+def ring_key(slot: int) -> bytes:
+    return slot.to_bytes(4, "big")
 
 
 def chunks(entry: pb.Entry, frame: bytes) -> Iterator[tuple[bytes, memoryview]]:

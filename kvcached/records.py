@@ -7,24 +7,39 @@ entry, recency, children and totals of a block are only ever written here, toget
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import lmdb
+import structlog
+from google.protobuf.message import DecodeError
 
 from kvcached import layout
-from kvcached.errors import PreconditionError
+from kvcached.block import ModelSpec
+from kvcached.errors import PreconditionError, QuotaExceededError
 from kvcached.eviction import Candidate
 from kvcached.layout import Tables, Totals
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import HASH_BYTES
 
+log = structlog.get_logger()
+T = TypeVar("T")
+MAX_MODELS = 1024
+
 
 class Records:
-    """Reads and writes the records of one environment. Holds no transaction: each call is given one."""
+    """Reads and writes the records of one environment. Holds no transaction: each call is given one.
 
-    def __init__(self, tables: Tables, page_bytes: int, clock: Callable[[], float] = time.time) -> None:
+    A record that cannot be read counts as absent: a miss. `n_unreadable` says how many were met.
+    """
+
+    def __init__(
+        self, tables: Tables, page_bytes: int, ring_slots: int, clock: Callable[[], float] = time.time
+    ) -> None:
         self._tables, self._page_bytes, self._clock = tables, page_bytes, clock
+        self.ring_slots = ring_slots  # departures that are remembered
         self._ticking = threading.Lock()
         self._last_tick = 0
+        self.n_unreadable = 0
 
     def tick(self) -> int:
         """Now in microseconds, but later than ever before: clocks jump back when a machine wakes."""
@@ -32,9 +47,42 @@ class Records:
             self._last_tick = max(int(self._clock() * 1e6), self._last_tick + 1)
             return self._last_tick
 
+    def read(self, parse: Callable[[bytes], T], key: bytes, record: bytes | memoryview) -> T | None:
+        """A record, parsed; None if it cannot be."""
+        try:
+            return parse(bytes(record))
+        except (DecodeError, ValueError) as error:
+            self.n_unreadable += 1
+            log.error("a record cannot be read, taken as absent", key=key.hex(), error=str(error))
+            return None
+
     def entry(self, txn: lmdb.Transaction, key: bytes) -> pb.Entry | None:
         record = txn.get(key, db=self._tables.entries)
-        return None if record is None else pb.Entry.FromString(bytes(record))
+        return None if record is None else self.read(pb.Entry.FromString, key, record)
+
+    def models(self, txn: lmdb.Transaction) -> dict[bytes, ModelSpec]:
+        records = ((bytes(key), bytes(record)) for key, record in txn.cursor(self._tables.models))
+        return {key: spec for key, record in records if (spec := self.read(_model_spec, key, record))}
+
+    def put_model(self, txn: lmdb.Transaction, key: bytes, record: bytes) -> bool:
+        """Whether the model was known already."""
+        if txn.get(key, db=self._tables.models) is not None:
+            return True
+        if txn.stat(self._tables.models)["entries"] >= MAX_MODELS:
+            raise QuotaExceededError(f"{MAX_MODELS} models are registered, and no more can be")
+        txn.put(key, record, db=self._tables.models)
+        return False
+
+    def departures(self, txn: lmdb.Transaction) -> list[pb.Departure]:
+        records = ((bytes(key), bytes(record)) for key, record in txn.cursor(self._tables.departed))
+        return [departure for key, record in records if (departure := self.read(pb.Departure.FromString, key, record))]
+
+    def shorten_ring(self, txn: lmdb.Transaction) -> None:
+        """Forgets departures in slots that are no longer used."""
+        cursor = txn.cursor(self._tables.departed)
+        found = cursor.set_range(layout.ring_key(self.ring_slots))
+        while found:
+            found = cursor.delete()
 
     def put(self, txn: lmdb.Transaction, key: bytes, entry: pb.Entry, frame: bytes) -> "tuple[pb.Outcome, pb.Entry]":
         """See Store.put."""
@@ -69,7 +117,7 @@ class Records:
         return held if held and not improves(entry, held) else None
 
     def delete_tree(self, txn: lmdb.Transaction, root: bytes, reason: str) -> int:
-        """Removes a block and its descendants; how many there were."""
+        """Removes a block and its descendants, and notes why; how many there were."""
         pending, n_removed = [root], 0
         while pending:
             key = pending.pop()
@@ -109,7 +157,8 @@ class Records:
         for recency, _ in txn.cursor(self._tables.recency):
             key = layout.key_of_recency(bytes(recency))
             entry = self.entry(txn, key)
-            assert entry is not None, "recency and entries are written together"
+            if entry is None or layout.recency_key(key, entry) != bytes(recency):
+                continue  # its entry cannot be read, or was put anew after that
             parent = layout.parent_key(key, entry) or b""
             n_children = len(self._children(txn, key))
             yield Candidate(key, parent, entry.stored_bytes, n_children, entry.pinned_until > now)
@@ -147,10 +196,10 @@ class Records:
         return [model_id + child for child in cursor.iternext_dup()] if cursor.set_key(key) else []
 
     def _note_departure(self, txn: lmdb.Transaction, key: bytes, reason: str) -> None:
-        slot = self._next_number(txn, b"n_departures") % layout.RING_SLOTS
+        slot = self._next_number(txn, b"n_departures") % self.ring_slots
         model_id, block_hash = layout.split_key(key)
         departure = pb.Departure(model_id=model_id, block_hash=block_hash, reason=reason, time=int(self._clock() * 1e6))
-        txn.put(slot.to_bytes(4, "big"), departure.SerializeToString(), db=self._tables.departed)
+        txn.put(layout.ring_key(slot), departure.SerializeToString(), db=self._tables.departed)
 
     def _next_number(self, txn: lmdb.Transaction, name: bytes) -> int:
         number = int.from_bytes(txn.get(name, default=b"", db=self._tables.sys), "big")
@@ -161,6 +210,10 @@ class Records:
         totals_key = layout.totals_key(key, entry)
         totals = Totals.unpack(txn.get(totals_key, db=self._tables.totals)).plus(entry, sign)
         txn.put(totals_key, totals.pack(), db=self._tables.totals)
+
+
+def _model_spec(record: bytes) -> ModelSpec:
+    return ModelSpec.from_proto(pb.ModelSpec.FromString(record))
 
 
 def improves(new: pb.Entry, held: pb.Entry) -> bool:

@@ -25,13 +25,14 @@ from kvcached.errors import QuotaExceededError
 from kvcached.eviction import choose
 from kvcached.layout import RECORD_BYTES, Tables, Totals, block_key
 from kvcached.records import Records
-from kvcached.store_files import StoreFiles, StoreLock
+from kvcached.store_files import StoreFiles, StoreLock, UnsoundError
 from kvcached.writer import GroupWriter
 from kvcached_client._proto import kvcached_pb2 as pb
 
 PIN_FOREVER = (1 << 63) - 1
 _MIN_SLACK_BYTES = 16 << 20  # of the map above the quota: trees, free list, copies on write
 _AHEAD = 128  # part of the quota that an eviction frees beyond what is needed, so that not every put evicts
+_STEP_BYTES = 256 << 20  # evicted in one transaction at most, or what one block needs
 _MAX_TOUCHED = 8192  # noted in memory before they are written for their own sake
 
 
@@ -61,37 +62,48 @@ class Store:
         self.quota_bytes, self.free_floor_bytes = quota_bytes, free_floor_bytes
         self._lock = StoreLock(path, holder)
         self._files = StoreFiles(path)
-        self._map_bytes = max(quota_bytes * 5 // 4, quota_bytes + _MIN_SLACK_BYTES)
-        self._env, self._tables = self._open()
+        try:
+            self._env, self._tables = self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._map_bytes: int = self._env.info()["map_size"]
         self._page_bytes: int = self._env.stat()["psize"]
         self._split_bytes = 2 * len(layout.TABLES) * self._page_bytes  # pages that trees may grow by in one transaction
-        self._records = Records(self._tables, self._page_bytes, clock)
+        self._records = Records(self._tables, self._page_bytes, layout.ring_slots(quota_bytes), clock)
         self._on_removed = on_removed  # told why, and how many blocks; from the writer's thread
         self._state = threading.Lock()  # guards what was touched
         self._touched: dict[bytes, int] = {}
         self._writer = GroupWriter(self._env, self, self._write_touched)
+        if self.usage().used_bytes > quota_bytes:  # it was larger when last open
+            self.fit_quota().exception()
 
     # ---- opening and closing
 
     def _open(self) -> tuple[lmdb.Environment, Tables]:
         """Opens what is there if it is sound and ours; else moves it aside and starts empty."""
-        problems = self._files.problems()
-        if not problems:
-            try:
-                return self._open_environment()
-            except lmdb.Error as error:
-                problems = [f"not a store of kvcached, or of another version: {error}"]
-        self._files.set_aside("; ".join(problems))
-        return self._open_environment()
-
-    def _open_environment(self) -> tuple[lmdb.Environment, Tables]:
-        env = self._files.open(self._map_bytes, len(layout.TABLES))
+        is_trusted = self._files.is_trusted()
         try:
-            layout.claim(env)
-            return env, Tables.open(env)
-        except lmdb.Error:
-            env.close()
-            raise
+            if not is_trusted:
+                self._files.verify()
+            env, tables = self._files.open(self._needed_map_bytes())
+            try:
+                with env.begin(buffers=True) as txn:
+                    problems = [] if is_trusted else audit(txn, tables)
+                if problems:
+                    raise UnsoundError(problems)
+            except UnsoundError:
+                env.close()
+                raise
+            return env, tables
+        except UnsoundError as error:
+            self._files.set_aside(str(error))
+            return self._files.open(self._needed_map_bytes())
+
+    def _needed_map_bytes(self) -> int:
+        """A map for the quota, and for a file that was made under a larger one: files never shrink."""
+        needed_bytes = max(self.quota_bytes, self._files.size())
+        return max(needed_bytes * 5 // 4, needed_bytes + _MIN_SLACK_BYTES)
 
     def close(self) -> None:
         """Commits what is queued and the noted recency, and leaves the files marked clean."""
@@ -99,7 +111,8 @@ class Store:
             self._writer.submit(_nothing)
         self._writer.close()
         self._env.close()
-        self._files.mark_clean()
+        if not (self._writer.has_failed or self._records.n_unreadable):
+            self._files.mark_clean()  # else the next start looks closely
         self._lock.release()
 
     @property
@@ -144,16 +157,15 @@ class Store:
 
     def models(self) -> dict[bytes, ModelSpec]:
         with self._env.begin() as txn:
-            return {
-                key: ModelSpec.from_proto(pb.ModelSpec.FromString(record))
-                for key, record in txn.cursor(self._tables.models)
-            }
+            return self._records.models(txn)
 
     def totals(self) -> dict[tuple[bytes, int], Totals]:
         """By model id and fidelity kind."""
         with self._env.begin() as txn:
-            records = {key: Totals.unpack(record) for key, record in txn.cursor(self._tables.totals)}
-        return {(key[:-1], key[-1]): totals for key, totals in records.items() if totals.n_blocks}
+            rows = [
+                (key, self._records.read(Totals.unpack, key, record)) for key, record in txn.cursor(self._tables.totals)
+            ]
+        return {(key[:-1], key[-1]): totals for key, totals in rows if totals and totals.n_blocks}
 
     def usage(self) -> Usage:
         disk = os.statvfs(self._files.db)
@@ -164,12 +176,15 @@ class Store:
     def departures(self) -> list[pb.Departure]:
         """What left lately, in no order."""
         with self._env.begin() as txn:
-            return [pb.Departure.FromString(record) for _, record in txn.cursor(self._tables.departed)]
+            return self._records.departures(txn)
 
     def check(self) -> list[str]:
         """What is wrong with the store, in words; empty if every invariant holds. Reads all records, no payloads."""
         with self._env.begin(buffers=True) as txn:
-            return audit(txn, self._tables, self._page_bytes, self.quota_bytes)
+            problems = audit(txn, self._tables)
+        used_bytes = self.usage().used_bytes
+        over = [f"{used_bytes} bytes are in use under a quota of {self.quota_bytes}"]
+        return problems + over * (used_bytes > self.quota_bytes)
 
     def block_ids(self) -> Iterator[BlockId]:
         """All blocks, a page of them in each transaction."""
@@ -182,7 +197,8 @@ class Store:
                     page = [item for item, _ in zip(cursor, range(1000), strict=False)]
             for key, record in page:
                 model_id, block_hash = layout.split_key(key)
-                yield BlockId(model_id, pb.Entry.FromString(record).namespace, block_hash)
+                if entry := self._records.read(pb.Entry.FromString, key, record):
+                    yield BlockId(model_id, entry.namespace, block_hash)
             if not page:
                 return
             start = page[-1][0] + b"\0"
@@ -190,9 +206,13 @@ class Store:
     # ---- writing
 
     def put_model(self, spec: ModelSpec) -> Future[bool]:
-        """Whether the model was known already."""
+        """Whether the model was known already. The future raises QuotaExceededError if there are too many."""
         key, record = spec.model_id, spec.to_proto().SerializeToString()
-        return self._writer.submit(lambda txn: not txn.put(key, record, overwrite=False, db=self._tables.models))
+        return self._writer.submit(
+            lambda txn: self._records.put_model(txn, key, record),
+            n_bytes=len(record) + 2 * self._page_bytes,
+            needs_room=lambda txn: txn.get(key, db=self._tables.models) is None,
+        )
 
     def put(self, block_id: BlockId, entry: pb.Entry, frame: bytes) -> "Future[tuple[pb.Outcome, pb.Entry]]":
         """Stores a frame, evicting as needed. `entry` comes without sizes, times and payload id.
@@ -235,7 +255,8 @@ class Store:
 
     def fit_quota(self) -> Future[None]:
         """Evicts down to the quota, after it was lowered."""
-        return self._writer.submit(_nothing, n_bytes=1)
+        self._records.ring_slots = layout.ring_slots(self.quota_bytes)
+        return self._writer.submit(self._records.shorten_ring, n_bytes=1)
 
     # ---- inside transactions
 
@@ -274,8 +295,9 @@ class Store:
             with self._env.begin(write=True) as txn:
                 forget = self._write_touched(txn)
                 ahead = self.quota_bytes // _AHEAD
-                victims = choose(self._records.candidates(txn), missing + ahead, [protected] if protected else [])
-                if sum(victim.n_bytes for victim in victims) < missing:
+                step = min(missing, max(n_bytes, _STEP_BYTES))
+                victims = choose(self._records.candidates(txn), step + ahead, [protected] if protected else [])
+                if sum(victim.n_bytes for victim in victims) < step:
                     txn.abort()
                     raise QuotaExceededError(
                         f"{missing} bytes short of room for {n_bytes}: the rest is pinned or in use"

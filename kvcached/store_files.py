@@ -7,7 +7,8 @@
 
 LMDB maps its file: a truncated one is SIGBUS and a garbled page can abort the process, so nothing is opened on faith.
 A data file that is not as a clean close left it is audited by py-lmdb's verifier, which reads bytes and never maps
-them. A file that fails is moved aside, never deleted, and the store starts empty: it is a cache.
+them; then its records are (audit.py). A file that fails is moved aside, never deleted, and the store starts empty: it
+is a cache. Only what a file says can do that; a disk, a permission or memory that fails us is an error.
 """
 
 import fcntl
@@ -20,9 +21,19 @@ from pathlib import Path
 import lmdb
 from lmdb.verify import VerifyError, verify
 
+from kvcached import layout
 from kvcached.errors import StoreError
+from kvcached.layout import Tables
 
 _MAX_PROBLEMS_TOLD = 3
+
+
+class UnsoundError(Exception):
+    """Files that must not be used, and why."""
+
+    def __init__(self, problems: list[str]) -> None:
+        n_more = len(problems) - _MAX_PROBLEMS_TOLD
+        super().__init__("; ".join(problems[:_MAX_PROBLEMS_TOLD] + [f"and {n_more} more"] * (n_more > 0)))
 
 
 class StoreLock:
@@ -30,9 +41,12 @@ class StoreLock:
 
     def __init__(self, store: Path, note: str) -> None:
         """Raises StoreError, naming the holder, if another process has it."""
-        store.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = store / "daemon.lock"
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            store.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"the store {store} cannot be made or opened: {error}") from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,17 +78,20 @@ class StoreFiles:
     def _clean(self) -> Path:
         return self.store / "clean.json"
 
-    def problems(self) -> list[str]:
-        """Why the data file must not be opened; empty if there is none, or it can be trusted."""
-        if not self.data.exists() or self._is_as_left():
-            return []
+    def is_trusted(self) -> bool:
+        """Whether there is no data file, or it is as the last clean close left it."""
+        return not self.data.exists() or self._is_as_left()
+
+    def verify(self) -> None:
+        """Reads every page without mapping any. Raises UnsoundError."""
         try:
-            found: list[str] = verify(str(self.data))  # type: ignore[no-untyped-call]
+            problems: list[str] = verify(str(self.data))  # type: ignore[no-untyped-call]
         except VerifyError as error:
-            return [str(error)]
+            raise UnsoundError([str(error)]) from None
         except OSError as error:
             raise StoreError(f"the store {self.store} cannot be read: {error}") from None
-        return found[:_MAX_PROBLEMS_TOLD] + ([f"and {len(found) - _MAX_PROBLEMS_TOLD} more"] * (len(found) > 3))
+        if problems:
+            raise UnsoundError(problems)
 
     def set_aside(self, reason: str) -> Path:
         """Moves the environment away. Returns where it is now."""
@@ -90,20 +107,46 @@ class StoreFiles:
         found = sorted(self.store.glob("set-aside-*"))
         return [f"{path}: {(path / 'REASON').read_text().strip()}" for path in found if (path / "REASON").exists()]
 
-    def open(self, map_bytes: int, n_tables: int) -> lmdb.Environment:
+    def open(self, map_bytes: int) -> tuple[lmdb.Environment, Tables]:
         """Opens the environment, from now on not clean, with the settings that were measured to be durable.
 
         metasync=False may lose the last commit in a power cut, never the database; sync=False and writemap can.
+
+        Raises:
+            UnsoundError: it is not a store of ours.
+            StoreError: it cannot be opened now.
         """
-        self._clean.unlink(missing_ok=True)
-        self.db.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (self.db / "lock.mdb").unlink(missing_ok=True)  # readers of a dead daemon; we hold the store's own lock
-        path = str(self.db)
-        return lmdb.open(path, map_size=map_bytes, max_dbs=n_tables, max_readers=256, metasync=False, mode=0o600)
+        env = None
+        try:
+            self._clean.unlink(missing_ok=True)
+            self.db.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.db / "lock.mdb").unlink(missing_ok=True)  # readers of a dead daemon; we hold the store's own lock
+            env = lmdb.open(
+                str(self.db),
+                map_size=map_bytes,
+                max_dbs=len(layout.TABLES),
+                max_readers=256,
+                metasync=False,
+                mode=0o600,
+            )
+            layout.claim(env)
+            return env, Tables.open(env)
+        except (lmdb.Error, OSError) as error:
+            if env:
+                env.close()
+            if isinstance(error, layout.OF_THE_FILE):
+                raise UnsoundError([f"not a store of kvcached, or of another version: {error}"]) from None
+            raise StoreError(
+                f"the store {self.store} cannot be opened with a map of {map_bytes} bytes: {error}"
+            ) from None
 
     def mark_clean(self) -> None:
         """To be called when the environment is closed."""
         self._clean.write_text(json.dumps(self._signature()))
+
+    def size(self) -> int:
+        """Bytes of the data file; 0 if there is none."""
+        return self.data.stat().st_size if self.data.exists() else 0
 
     def _is_as_left(self) -> bool:
         try:

@@ -1,8 +1,9 @@
 """The one thread that writes: operations from many threads, committed in groups.
 
 An operation is a function of a write transaction. It checks before it changes anything: a KvcachedError that it raises
-is its own answer, and the others of its group are not disturbed. Whatever else goes wrong (map full, disk full) aborts
-the transaction, and the operations are tried again one by one. An answered operation is on disk.
+is its own answer, and the others of its group are not disturbed. Whatever else goes wrong (map full, disk full, damage)
+aborts the transaction, and the operations are tried again one by one. An answered operation is on disk. The thread
+outlives whatever an operation does.
 """
 
 import queue
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import lmdb
+import structlog
 
-from kvcached.errors import KvcachedError, QuotaExceededError, ShuttingDownError
+from kvcached.errors import KvcachedError, QuotaExceededError, ShuttingDownError, StoreError
+from kvcached.layout import OF_THE_FILE
 
+log = structlog.get_logger()
 T = TypeVar("T")
 MAX_GROUP = 16  # blocks in one commit: while one commit runs, the next group gathers by itself
 
@@ -53,6 +57,7 @@ class GroupWriter:
         self._lock = threading.Lock()
         self._closed = False
         self._drained = False
+        self.has_failed = False  # in a way that no disk explains: what is stored is to be doubted
         self._thread = threading.Thread(target=self._loop, name="store-writer", daemon=True)
         self._thread.start()
 
@@ -105,7 +110,7 @@ class GroupWriter:
             if n_bytes and self._room.missing_bytes(n_bytes) > 0:
                 raise QuotaExceededError("no room for the whole group")
             answers = self._commit(group)
-        except (KvcachedError, lmdb.Error, OSError):
+        except Exception:  # noqa: BLE001 - each is tried again, and told what was wrong with it
             for operation in group:
                 self._write_alone(operation)
             return
@@ -121,7 +126,7 @@ class GroupWriter:
                 if needs_room:
                     self._room.make_room(operation.n_bytes + spare_bytes, operation.protects)
                 (answer,) = self._commit([operation])
-            except (KvcachedError, lmdb.Error, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - an operation that is never answered is a hang
                 answer = self._translate(error)
                 if isinstance(error, lmdb.MapFullError):
                     continue
@@ -134,23 +139,27 @@ class GroupWriter:
             for operation in group:
                 try:
                     answers.append(operation.run(txn))
-                except lmdb.Error:
-                    raise
-                except Exception as error:  # noqa: BLE001 - a bug in one operation is that one's answer: the thread lives
+                except KvcachedError as error:
                     answers.append(error)
             after_commit = self._before_commit(txn)
         after_commit()
         return answers
 
-    def _translate(self, error: KvcachedError | lmdb.Error | OSError) -> KvcachedError:
+    def _translate(self, error: Exception) -> KvcachedError:
         if isinstance(error, KvcachedError):
             return error
-        # LMDB reports a full disk as an I/O error, and a full map as what it is; neither is for ever.
-        return QuotaExceededError(f"could not write to {self._env.path()}: {error}")
+        if isinstance(error, lmdb.Error | OSError) and not isinstance(error, OF_THE_FILE):
+            # A full disk is an I/O error of many kinds, and a full map is what it is; neither is for ever.
+            return QuotaExceededError(f"could not write to {self._env.path()}: {error}")
+        self.has_failed = True
+        log.error("writing failed", path=self._env.path(), exc_info=error)
+        return StoreError(f"could not write to {self._env.path()}: {error!r}")
 
 
 def _answer(future: Future[Any], answer: Any) -> None:
     if isinstance(answer, Exception):
+        # Frames in the traceback hold transactions, and with them LMDB's reader slots, for as long as the answer lives.
+        answer.__traceback__ = answer.__context__ = None
         future.set_exception(answer)
     else:
         future.set_result(answer)

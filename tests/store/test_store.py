@@ -318,6 +318,112 @@ def test_a_clean_store_is_opened_without_an_audit_and_a_crashed_one_with(
     assert audits == [str(tmp_path / "db/data.mdb")]
 
 
+def test_a_store_reopened_under_a_smaller_quota_evicts_down_to_it_and_goes_on(tmp_path: Path) -> None:
+    store = open_store(tmp_path, quota_bytes=64 * MIB)
+    for token in range(30):
+        put(store, (token,), os.urandom(MIB))
+    store.close()
+    store = open_store(tmp_path, quota_bytes=4 * MIB)
+    assert store.usage().used_bytes <= 4 * MIB
+    assert held(store, (0,), (29,)) == [False, True]
+    for token in range(40, 50):
+        assert put(store, (token,), os.urandom(MIB)) == pb.OUTCOME_STORED
+    assert store.check() == []
+    store.close()
+
+
+def test_a_store_that_cannot_be_mapped_now_is_an_error_and_stays_where_it_is(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    put(store, (1,), b"kept")
+    store.close()
+    with pytest.raises(StoreError, match="cannot be opened with a map of"):
+        Store(tmp_path, quota_bytes=1 << 60)
+    store = open_store(tmp_path)  # and the lock was let go
+    assert held(store, (1,)) == [True]
+    assert store.set_aside == []
+    store.close()
+
+
+def test_a_place_where_no_store_can_be_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    for path in (tmp_path / "file", tmp_path / "file/store"):
+        with pytest.raises(StoreError, match=f"the store {path} cannot be made or opened"):
+            Store(path, quota_bytes=MIB)
+
+
+def test_a_full_map_refuses_puts_while_reads_go_on(store: Store) -> None:
+    put(store, (1,), b"kept" * 100_000)
+    store._env.set_mapsize(store.usage().file_bytes + MIB)
+    with pytest.raises(QuotaExceededError, match="MDB_MAP_FULL"):
+        put(store, (2,), os.urandom(2 * MIB))
+    assert store.frame(name(1)) is not None
+    assert put(store, (3,), b"small") == pb.OUTCOME_STORED
+
+
+def test_refusals_that_are_kept_hold_no_reader_of_the_database(store: Store) -> None:
+    kept = []
+    for token in range(400):  # LMDB has 256 reader slots here
+        with pytest.raises(PreconditionError) as refused:
+            put(store, (token, token), b"no parent")
+        kept.append(refused.value)
+    assert len(store.frame(name(1)) or ()) == 0
+
+
+def test_departures_are_remembered_within_a_small_part_of_the_quota(tmp_path: Path) -> None:
+    store = open_store(tmp_path, quota_bytes=MIB)
+    for token in range(300):
+        put(store, (token,), b"")
+        store.delete([name(token)], "deleted").result()
+    assert len(store.departures()) == 128
+    assert store.usage().used_bytes < MIB // 4
+    store.close()
+    store = open_store(tmp_path, quota_bytes=4 * MIB)
+    for token in range(300):
+        put(store, (token,), b"")
+        store.delete([name(token)], "deleted").result()
+    assert len(store.departures()) > 128
+    store.quota_bytes = MIB
+    store.fit_quota().result()
+    assert len(store.departures()) == 128
+    store.close()
+
+
+def test_models_beyond_a_limit_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcached.records.MAX_MODELS", 3)
+    for n in (1, 2):
+        assert store.put_model(tiny_spec(weights=f"w{n}")).result() is False
+    with pytest.raises(QuotaExceededError, match="3 models are registered"):
+        store.put_model(tiny_spec(weights="w3")).result()
+    assert store.put_model(SPEC).result() is True
+
+
+@pytest.mark.parametrize("table", ["entries", "models", "departed", "totals"])
+def test_records_that_cannot_be_read_cost_blocks_and_a_new_start_not_the_service(tmp_path: Path, table: str) -> None:
+    store = open_store(tmp_path)
+    put(store, (0,), b"x")
+    store.delete([name(0)], "deleted").result()
+    for token in range(1, 7):
+        put(store, (token,), os.urandom(MIB))
+    with store._env.begin(write=True) as txn:
+        key = next(iter(txn.cursor(getattr(store._tables, table))))[0]
+        txn.put(key, b"\xff" * 7, db=getattr(store._tables, table))
+    store.chain([name(token) for token in range(1, 7)])
+    store.departures()
+    store.models()
+    for token in range(10, 20):  # evicts them all
+        try:
+            put(store, (token,), os.urandom(MIB))
+        except (StoreError, PreconditionError):
+            assert table in ("totals", "models")
+    assert held(store, (6,)) == [table == "totals"]  # without which nothing can be counted, in or out
+    assert store.check() != [] or table == "departed"
+    store.close()
+    store = open_store(tmp_path)
+    assert put(store, (99,), b"works") == pb.OUTCOME_STORED
+    assert store.check() == []
+    store.close()
+
+
 def damage_entry(store: Store) -> None:
     with store._env.begin(write=True) as txn:
         key, record = next(iter(txn.cursor(store._tables.entries)))

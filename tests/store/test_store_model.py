@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from support import tiny_spec
 
+from kvcached import layout
 from kvcached.block import BlockId
 from kvcached.errors import PreconditionError, QuotaExceededError
 from kvcached.store import PIN_FOREVER, Store
@@ -71,11 +72,27 @@ class StoreMachine(RuleBasedStateMachine):
             assert not parent_is_held
             return multiple()
         except QuotaExceededError:
+            self.check_that_nothing_more_could_leave(n_bytes, parent)
             return multiple()
         assert outcome == pb.OUTCOME_STORED
         assert stored.stored_bytes >= n_bytes
         self.model[hash_] = (parent, frame)
         return hash_
+
+    def check_that_nothing_more_could_leave(self, n_bytes: int, parent: bytes) -> None:
+        stay = {hash_ for kept in [*self.pinned, parent] for hash_ in self.lineage(kept)}
+        held = {block_id.block_hash: self.store.entry(block_id) for block_id in self.store.block_ids()}
+        evictable = sum(entry.stored_bytes for hash_, entry in held.items() if entry and hash_ not in stay)
+        payload_bytes = layout.payload_bytes(n_bytes, self.store._page_bytes)
+        assert evictable < self.store.missing_bytes(payload_bytes + layout.RECORD_BYTES)
+
+    @rule(parent=blocks)
+    def fill(self, parent: bytes) -> None:
+        """More than the quota, so that blocks must leave, or are refused for a reason that `put` checks."""
+        before = self.n_evicted, len(self.model)
+        for _ in range(7):
+            self.put(parent, 150_000, False)
+        assert self.n_evicted > before[0] or len(self.model) < before[1] + 7
 
     @rule(block=blocks)
     def put_again_changes_nothing(self, block: bytes) -> None:
@@ -131,6 +148,19 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         before = self.store.totals()
         self.store.close()
+        self.open()
+        assert self.store.totals() == before
+        assert self.store.set_aside == []
+
+    @rule()
+    def reopen_as_after_a_kill(self) -> None:
+        """What is on disk while the store is open: all that was answered."""
+        before = self.store.totals()
+        copy = Path(tempfile.mkdtemp())
+        shutil.copytree(self.path, copy, dirs_exist_ok=True)
+        self.store.close()
+        shutil.rmtree(self.path)
+        self.path = copy
         self.open()
         assert self.store.totals() == before
         assert self.store.set_aside == []
