@@ -16,10 +16,17 @@ from kvcached_client.spec import kind_from_proto
 MAX_HASHES = 100_000
 MAX_ENGINE_NAME_BYTES = 128
 MAX_REQUEST_ID_CHARACTERS = 64
+MAX_MESSAGE_CHARACTERS = 1000
+MAX_SPEC_BYTES = 256 << 10  # about 60 layers with longrope factors of their own, or 1,000 without
+MAX_MODEL_NAME_BYTES = 128
 
 
 def model_spec(message: pb.ModelSpec) -> ModelSpec:
     """A spec that can be registered."""
+    if message.ByteSize() > MAX_SPEC_BYTES:
+        raise InvalidRequestError(f"a model spec has at most {MAX_SPEC_BYTES} bytes, got {message.ByteSize()}")
+    if len(message.name.encode()) > MAX_MODEL_NAME_BYTES:
+        raise InvalidRequestError(f"a model's name has at most {MAX_MODEL_NAME_BYTES} bytes, got {message.name!r}")
     try:
         spec = ModelSpec.from_proto(message)
     except ValueError as error:
@@ -48,6 +55,12 @@ def printable(request_id: str) -> str:
     return "".join(c for c in request_id[:MAX_REQUEST_ID_CHARACTERS] if c.isascii() and c.isprintable())
 
 
+def brief(message: str) -> str:
+    """A message of ours, which may quote what a caller said, as long as a status may be (gRPC: 8 KiB of headers)."""
+    size = len(message)
+    return message if size <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}... ({size} characters)"
+
+
 def engine(message: pb.Engine) -> pb.Engine:
     """What an engine says of itself."""
     _check_namespace(message.namespace)
@@ -72,6 +85,9 @@ def fidelity_kind(value: int) -> FidelityKind:
 def entry_of(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> tuple[BlockId, pb.Entry]:
     """What a Put says of a block, checked against the model and against itself, before any data is received."""
     _check_namespace(header.namespace)
+    for name in ("block_hash", "parent_hash"):
+        if (size := len(getattr(header, name))) != HASH_BYTES:
+            raise InvalidRequestError(f"a {name.replace('_', ' ')} has {HASH_BYTES} bytes, got {size}")
     _check_tokens(header, spec)
     _check_tensors(header, spec, max_block_bytes)
     if (kind := fidelity_kind(header.fidelity.kind)) != FidelityKind.EXACT:

@@ -12,13 +12,24 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from platformdirs import user_cache_path, user_config_path
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from kvcached.errors import InvalidRequestError, PreconditionError
 from kvcached_client.paths import default_socket
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 ENVIRONMENT_PREFIX = "KVCACHED_"
+_OF_OTHERS = ("KVCACHED_TARGET",)  # kvcachedctl's
+
+
+def _expanded(path: Any) -> Path:
+    if not str(path):
+        raise ValueError("a path must not be empty")
+    return Path(path).expanduser()
+
+
+PathOfUser = Annotated[Path, BeforeValidator(_expanded)]
+Size = Annotated[ByteSize, Le(64 * TIB)]  # half of what a process can address
 
 
 def _live(default: Any, description: str) -> Any:
@@ -32,17 +43,17 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # behaviour
-    store_path: Path = Field(user_cache_path("kvcached") / "store", description="directory of the store")
-    socket_path: Path = Field(default_socket(), description="unix socket to serve on, in a directory of its own")
+    store_path: PathOfUser = Field(user_cache_path("kvcached") / "store", description="directory of the store")
+    socket_path: PathOfUser = Field(default_socket(), description="unix socket to serve on, in a directory of its own")
     listen: str = Field("", description="host:port to serve on too, for other machines; there is no authentication")
-    quota_bytes: Annotated[ByteSize, Ge(MIB)] = _live(20 * GIB, "what the store may take on disk")
-    free_floor_bytes: Annotated[ByteSize, Ge(0)] = _live(2 * GIB, "disk space that is left free for others")
-    max_block_bytes: Annotated[ByteSize, Ge(MIB)] = _live(GIB, "largest block that is accepted")
+    quota_bytes: Annotated[Size, Ge(MIB)] = _live(20 * GIB, "what the store may take on disk")
+    free_floor_bytes: Annotated[Size, Ge(0)] = _live(2 * GIB, "disk space that is left free for others")
+    max_block_bytes: Annotated[Size, Ge(MIB)] = _live(GIB, "largest block that is accepted")
     drain_seconds: Annotated[float, Ge(0), Le(300)] = Field(10.0, description="time to finish work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_json: bool = Field(False, description="log lines as JSON")
     log_file: str = Field("", description="file to log to, rotated when it is full; stderr if empty")
-    log_file_bytes: Annotated[ByteSize, Ge(4096)] = Field(
+    log_file_bytes: Annotated[Size, Ge(4096)] = Field(
         ByteSize(10 * MIB), description="size at which the log is rotated"
     )
     log_file_count: Annotated[int, Ge(1), Le(100)] = Field(5, description="rotated log files that are kept")
@@ -52,7 +63,8 @@ class Config(BaseModel):
 
     # performance
     workers: Annotated[int, Ge(1), Le(256)] = Field(os.cpu_count() or 1, description="threads that encode and decode")
-    queue_bytes: Annotated[ByteSize, Ge(MIB)] = _live(512 * MIB, "blocks in memory on their way in, and as many out")
+    idle_seconds: Annotated[float, Ge(1), Le(3600)] = _live(60.0, "time for which an open stream may send nothing")
+    queue_bytes: Annotated[Size, Ge(MIB)] = _live(512 * MIB, "blocks in memory on their way in, and as many out")
     zstd_level: Annotated[int, Ge(1), Le(19)] = _live(1, "effort of lossless compression")
 
     def updated(self, changes: Mapping[str, Any]) -> "Config":
@@ -113,8 +125,9 @@ def _read(file: Path | None) -> dict[str, Any]:
 
 
 def _of_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    names = {ENVIRONMENT_PREFIX + name.upper(): name for name in Config.model_fields}
-    return {names[variable]: value for variable, value in environment.items() if variable in names}
+    """Variables of ours by the names of their settings; an unknown one is a mistake like any other unknown name."""
+    found = {name: value for name, value in environment.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    return {name.removeprefix(ENVIRONMENT_PREFIX).lower(): found[name] for name in found if name not in _OF_OTHERS}
 
 
 def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:

@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from humanize import naturalsize
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvcached import __version__, autostart
 from kvcached.errors import KvcachedError
@@ -208,7 +209,7 @@ def _print_status(response: pb.StatusResponse) -> None:
         "metrics": f"{response.web_address}/metrics" if response.web_address else response.web_problem or "off",
     }
     for name, value in [*rows.items(), *(("moved aside", moved) for moved in store.set_aside)]:
-        summary.add_row(f"[bold]{name}[/]", value)
+        summary.add_row(f"[bold]{name}[/]", Text(value))
     console = Console()
     console.print(summary)
     if response.models:
@@ -222,7 +223,7 @@ def _model_table(response: pb.StatusResponse) -> Table:
     for model in response.models:
         for kept in model.fidelities or [pb.FidelityStatus()]:
             table.add_row(
-                model.spec.name,
+                Text(model.spec.name),
                 model.model_id.hex()[:12],
                 pb.FidelityKind.Name(kept.kind).removeprefix("FIDELITY_KIND_") if kept.kind else "-",
                 f"{kept.n_blocks:,}",
@@ -242,8 +243,8 @@ def _engine_table(response: pb.StatusResponse) -> Table:
     for engine in response.engines:
         prefill, restore = engine.prefill_tokens_per_second, engine.restore_tokens_per_second
         table.add_row(
-            f"{engine.name} ({engine.pid})",
-            engine.namespace or "-",
+            Text(f"{engine.name} ({engine.pid})"),
+            Text(engine.namespace or "-"),
             f"{engine.prompt_tokens:,}",
             f"{engine.local_tokens:,}",
             f"{engine.restored_tokens:,}",

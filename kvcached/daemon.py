@@ -29,7 +29,7 @@ from kvcached.config import Config, describe, load
 from kvcached.errors import KvcachedError
 from kvcached.metrics import Metrics
 from kvcached.pool import WorkerPool
-from kvcached.service import Service
+from kvcached.service import MAX_CALLS, Service
 from kvcached.status import Status
 from kvcached.store import Store
 from kvcached.web import Web
@@ -37,8 +37,6 @@ from kvcached_client import protocol
 
 log = structlog.get_logger()
 HTTP_HEALTH = "kvcached.http"  # a service name of the health protocol
-# Served at once; a stream holds a thread for as long as it lives. More wait, four times as many at most.
-_MAX_CALLS = 64
 
 
 class Daemon:
@@ -70,10 +68,10 @@ class Daemon:
         self._is_serving = False
 
     def _build_server(self) -> grpc.Server:
-        executor = ThreadPoolExecutor(_MAX_CALLS, thread_name_prefix="call")
+        executor = ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="call")
         # Without so_reuseport=0 two daemons could share one TCP port, each with half of the calls.
         options = [*protocol.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
-        server = grpc.server(executor, options=options, maximum_concurrent_rpcs=4 * _MAX_CALLS)
+        server = grpc.server(executor, options=options, maximum_concurrent_rpcs=4 * MAX_CALLS)
         server.add_generic_rpc_handlers((self._service.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         health_name = HEALTH_DESCRIPTOR.services_by_name["Health"].full_name

@@ -43,7 +43,7 @@ def configure(config: Config) -> None:
 def _handler(config: Config) -> logging.Handler:
     if not config.log_file:
         return logging.StreamHandler(sys.stderr)
-    path = Path(config.log_file)
+    path = Path(config.log_file).expanduser()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return logging.handlers.RotatingFileHandler(

@@ -3,7 +3,6 @@
 Handlers run in gRPC's threads; work happens in the pool and the store's writer. Streams: streams.py.
 """
 
-import queue
 import threading
 import time
 from collections import Counter, deque
@@ -23,12 +22,14 @@ from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached.metrics import Metrics
 from kvcached.status import Status
 from kvcached.store import PIN_FOREVER
-from kvcached.streams import PutReceiver, put_result, send_fetched
+from kvcached.streams import IdleWatch, Listener, Outbox, PutReceiver, put_result, send_fetched
 from kvcached_client import protocol
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.protocol import METHODS, Method, Part
 
 log = structlog.get_logger()
+MAX_CALLS = 64  # served at once, each in a thread; more wait, four times as many at most
+_MAX_STREAMS = 48  # of those, which are as long as their callers like: health and status must get through
 _GET_WAIT_SECONDS = 30.0  # for room in memory, when the caller sets no deadline
 
 
@@ -39,6 +40,7 @@ class Service:
         self._cache, self._status = cache, status
         self._config_lock = threading.Lock()
         self._active = _Active()
+        self._idle = IdleWatch(lambda: cache.config.idle_seconds)
 
     @property
     def is_idle(self) -> bool:
@@ -79,17 +81,19 @@ class Service:
         return pb.MatchResponse(blocks=blocks)
 
     def Put(self, parts: Iterator[Part], _: Any) -> Iterator[pb.PutResult]:  # noqa: N802
-        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        receiver = PutReceiver(self._cache, parts)
+        results, receiver = Outbox(), PutReceiver(self._cache, parts)
         threading.Thread(target=receiver.run, args=(results.put,), name="put-receiver", daemon=True).start()
-        with _Told("put") as told:
-            while (item := results.get()) is not None:
-                if isinstance(item, KvcachedError):
-                    raise item
-                result = put_result(*item)
-                told.request_id = item[0].request_id
-                told.counts[pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower()] += 1
-                yield result
+        try:
+            with _Told("put") as told:
+                while (item := results.take()) is not None:
+                    if isinstance(item, KvcachedError):
+                        raise item
+                    result = put_result(*item)
+                    told.request_id = item[0].request_id
+                    told.counts[pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower()] += 1
+                    yield result
+        finally:
+            results.close()
 
     def Get(self, requests: Iterator[pb.GetRequest], context: grpc.ServicerContext) -> Iterator[Part]:  # noqa: N802
         pending: deque[Fetch] = deque()
@@ -181,7 +185,12 @@ class Service:
     def _streaming(self, method: Method, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         def call(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[Any]:
             with self._active, _Observed(self._cache.metrics, method.name, context):
-                yield from function((_read(method, request) for request in requests), context)
+                listener = Listener((_read(method, request) for request in requests), context.cancel)
+                self._idle.enter(listener, _MAX_STREAMS)
+                try:
+                    yield from function(listener, context)
+                finally:
+                    self._idle.leave(listener)
 
         return call
 
@@ -247,7 +256,7 @@ class _Observed:
         self._metrics.rpc_requests.labels(self._name, code).inc()
         self._metrics.rpc_seconds.labels(self._name, code).observe(time.monotonic() - self._start)
         if error is not None and code != "CANCELLED":
-            self._context.abort(grpc.StatusCode[code], message)
+            self._context.abort(grpc.StatusCode[code], border.brief(message))
 
 
 def _floor(request: pb.MatchRequest | pb.GetRequest) -> Floor:

@@ -1,13 +1,18 @@
 """The two streams of the protocol: blocks coming in for Put, blocks going out for Get. No policy.
 
-A Put is read in a thread of its own, so that results go out while blocks come in. Room in memory is reserved before a
-block's data is received, and before a block is decoded; what is refused is read past.
+A Put is read in a thread of its own, so that results go out while blocks come in; a caller who does not take results is
+not read from. Room in memory is reserved before a block's data is received, and before a block is decoded; what is
+refused is read past. A caller who keeps an open stream waiting for too long is hung up on: streams hold threads, and a
+block that was announced holds memory.
 """
 
+import queue
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import structlog
@@ -15,12 +20,83 @@ import structlog
 from kvcached import border
 from kvcached.block import BlockId, KVBlock
 from kvcached.cache import Cache, Fetch
-from kvcached.errors import InvalidRequestError, KvcachedError
+from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client.hashing import HASH_BYTES
 from kvcached_client.protocol import CHUNK_BYTES, Part
 
 log = structlog.get_logger()
+T = TypeVar("T")
+_MAX_WAITING_RESULTS = 64  # of one Put
+
+
+class Listener(Iterator[T]):
+    """The messages of a stream, and since when the caller has kept us waiting for the next one."""
+
+    def __init__(self, messages: Iterator[T], hang_up: Callable[[], Any]) -> None:
+        self._messages, self.hang_up = messages, hang_up
+        self.waits_since: float | None = None
+
+    def __next__(self) -> T:
+        self.waits_since = time.monotonic()
+        try:
+            return next(self._messages)
+        finally:
+            self.waits_since = None
+
+
+class IdleWatch:
+    """One thread that hangs up on callers who say nothing for `limit_seconds()`."""
+
+    def __init__(self, limit_seconds: Callable[[], float]) -> None:
+        self._limit_seconds = limit_seconds
+        self._listeners: set[Listener[Any]] = set()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._run, name="idle-watch", daemon=True).start()
+
+    def enter(self, listener: Listener[Any], max_streams: int) -> None:
+        """Raises OverloadedError if too many streams are open."""
+        with self._lock:
+            if len(self._listeners) >= max_streams:
+                raise OverloadedError(f"{max_streams} streams are open, and no more are served: try later")
+            self._listeners.add(listener)
+
+    def leave(self, listener: Listener[Any]) -> None:
+        with self._lock:
+            self._listeners.discard(listener)
+
+    def _run(self) -> None:
+        while True:
+            limit = self._limit_seconds()
+            time.sleep(min(limit / 4, 5.0))
+            with self._lock:
+                listeners = list(self._listeners)
+            for listener in listeners:
+                since = listener.waits_since
+                if since is not None and time.monotonic() - since > limit:
+                    log.info("stream ended: nothing came", seconds=round(limit, 3))
+                    listener.hang_up()
+
+
+class Outbox:
+    """What one thread hands to another, so much at a time; once closed, whatever comes is dropped."""
+
+    def __init__(self) -> None:
+        self._items: queue.Queue[Any] = queue.Queue(_MAX_WAITING_RESULTS)
+        self._closed = threading.Event()
+        self.take = self._items.get
+
+    def put(self, item: Any) -> None:
+        while not self._closed.is_set():
+            try:
+                self._items.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+            return
+
+    def close(self) -> None:
+        self._closed.set()
 
 
 class PutReceiver:
@@ -83,9 +159,13 @@ def put_result(header: pb.Header, answer: "Future[tuple[pb.Outcome, pb.Entry]] |
         outcome, entry = answer.result()
     except KvcachedError as error:
         request_id = border.printable(header.request_id)
-        log.info("block refused", block=header.block_hash.hex()[:16], request_id=request_id, reason=str(error))
+        reason = border.brief(str(error))
+        log.info("block refused", block=header.block_hash[:8].hex(), request_id=request_id, reason=reason)
         return pb.PutResult(
-            block_hash=header.block_hash, outcome=pb.OUTCOME_REFUSED, code=error.code, message=str(error)
+            block_hash=header.block_hash[:HASH_BYTES],
+            outcome=pb.OUTCOME_REFUSED,
+            code=error.code,
+            message=border.brief(str(error)),
         )
     return pb.PutResult(
         block_hash=header.block_hash,

@@ -200,7 +200,7 @@ def can_run_a_user_manager() -> bool:
 )
 def test_a_real_systemd_runs_it_and_starts_it_again_after_a_kill(run_dir: Path) -> None:
     script = ROOT_DIR / "tests/daemon/under_systemd.sh"
-    environment = {**os.environ, "KVCACHED_TEST_DIR": str(run_dir), "PYTHON": sys.executable, "CTL": str(CTL)}
+    environment = {**os.environ, "TEST_DIR": str(run_dir), "PYTHON": sys.executable, "CTL": str(CTL)}
     result = subprocess.run(
         ["unshare", "--mount", "bash", str(script)], capture_output=True, text=True, timeout=200, env=environment
     )

@@ -57,7 +57,8 @@ def test_a_request_of_an_unknown_model_is_refused(
     shared_daemon: DaemonProcess, request_type: type, model_id: bytes
 ) -> None:
     request = request_type(model_id=model_id, block_hashes=[b"\7" * 32])
-    assert ask(shared_daemon, request).startswith(f"FAILED_PRECONDITION: unknown model {model_id.hex() or '(empty)'}")
+    expected = f"FAILED_PRECONDITION: unknown model {model_id.hex() or '(empty)'}"
+    assert ask(shared_daemon, request).startswith(expected[:1000])
 
 
 @pytest.mark.parametrize("request_type", [pb.MatchRequest, pb.GetRequest], ids=lambda t: t.__name__)

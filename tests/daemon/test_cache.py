@@ -1,17 +1,20 @@
 """The cache with a store that answers at moments a real disk only sometimes chooses."""
 
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import chain, tiny_spec
+from support import chain, tiny_spec, wait_until
 
 from kvcached.block import BlockId, KVBlock
 from kvcached.cache import Cache
 from kvcached.config import Config
-from kvcached.errors import QuotaExceededError
+from kvcached.errors import PreconditionError, QuotaExceededError
 from kvcached.metrics import Metrics
 from kvcached.pool import WorkerPool
 from kvcached.store import Store
@@ -33,12 +36,26 @@ class SwiftStore(Store):
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    store, pool = SwiftStore(tmp_path, quota_bytes=4 * MIB), WorkerPool(2, 64 * MIB)
+    store, pool = SwiftStore(tmp_path, quota_bytes=32 * MIB), WorkerPool(2, 64 * MIB)
     cache = Cache(store, pool, Metrics(), Config())
     cache.register(SPEC)
     yield cache
     assert store.check() == []
     store.close()
+
+
+@pytest.fixture
+def held_back(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The first block of a chain is not encoded before this event is set."""
+    event, encode = threading.Event(), cache._encode
+
+    def wait_and_encode(block_id: BlockId, block: KVBlock, *args: Any) -> bytes:
+        if block.first_position == 0:
+            assert event.wait(30)
+        return encode(block_id, block, *args)
+
+    monkeypatch.setattr(cache, "_encode", wait_and_encode)
+    return event
 
 
 def put(cache: Cache, block: Block) -> "Future[Any]":
@@ -66,9 +83,58 @@ def test_commits_that_are_over_at_once_are_answered_once(cache: Cache, caplog: p
 
 def test_commits_that_fail_at_once_are_answered_once(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     with Client(SPEC) as client:
-        answer = put(cache, chain(client, range(4), ballast=8 * MIB)[0])
+        answer = put(cache, chain(client, range(4), ballast=40 * MIB)[0])
     with pytest.raises(QuotaExceededError):
         answer.result(30)
     cache.pool.close()
     assert caplog.records == []
     assert cache.pool.puts.used_bytes == 0
+
+
+@pytest.mark.parametrize("gap", [False, True], ids=["whole", "behind a block that is refused"])
+def test_a_chain_longer_than_the_stack_is_committed_when_its_first_block_is(
+    cache: Cache, held_back: threading.Event, gap: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    n_blocks = 2 * sys.getrecursionlimit()
+    with Client(SPEC) as client:
+        blocks = chain(client, range(4 * n_blocks))
+    if gap:
+        blocks[0] = replace(blocks[0], index=1)  # there is no parent at which this could be
+    answers = [put(cache, block) for block in blocks]
+    assert wait_until(lambda: cache.pool.n_jobs == 0)
+    held_back.set()
+    if gap:
+        assert all(isinstance(answer.exception(60), PreconditionError) for answer in answers)
+    else:
+        assert [answer.result(60)[0] for answer in answers] == [pb.OUTCOME_STORED] * n_blocks
+    cache.pool.close()
+    assert caplog.records == []
+    assert cache.pool.puts.used_bytes == 0
+
+
+def test_a_put_with_a_wrong_index_does_not_answer_for_a_right_one_of_the_same_block(
+    cache: Cache, held_back: threading.Event
+) -> None:
+    with Client(SPEC) as client:
+        first, second = chain(client, range(8))
+    wrong = put(cache, replace(first, index=1))
+    right, child = put(cache, first), put(cache, second)
+    held_back.set()
+    with pytest.raises(PreconditionError, match="must be"):
+        wrong.result(30)
+    assert right.result(30)[0] == child.result(30)[0] == pb.OUTCOME_STORED
+    cache.pool.close()
+
+
+def test_a_put_that_fails_for_an_unknown_reason_is_answered_and_lets_go_of_its_room(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Client(SPEC) as client:
+        (block,) = chain(client, range(4))
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.store, "no_worse", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            put(cache, block).result(30)
+    assert cache.pool.puts.used_bytes == 0
+    assert put(cache, block).result(30)[0] == pb.OUTCOME_STORED
+    cache.pool.close()

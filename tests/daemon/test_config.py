@@ -40,6 +40,10 @@ def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("workers", "257", "less than or equal to 256"),
         ("workers", "two", "valid integer"),
         ("zstd_level", "20", "less than or equal to 19"),
+        ("quota_bytes", "65TiB", "less than or equal to 70368744177664"),
+        ("quota_bytes", "99999999999999999999", "quota_bytes"),
+        ("idle_seconds", "0", "greater than or equal to 1"),
+        ("store_path", "", "a path must not be empty"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
         ("log_json", "perhaps", "valid boolean"),
     ],
@@ -74,6 +78,18 @@ def test_an_unknown_setting_is_refused_and_told_which_there_are(tmp_path: Path) 
     file.write_text("quota = 3\n")
     with pytest.raises(InvalidRequestError, match=r"quota \(.*config.toml\).*settings are store_path, .*quota_bytes"):
         load({}, {}, file)
+
+
+def test_an_unknown_variable_of_ours_is_refused_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
+    assert load({}, {"KVCACHED_TARGET": "unix:/x", "OTHER": "1"}, empty(tmp_path)) == Config()
+    with pytest.raises(InvalidRequestError, match=r"quota \(environment\).*settings are store_path"):
+        load({}, {"KVCACHED_QUOTA": "1GiB"}, empty(tmp_path))
+
+
+def test_paths_of_ones_home_may_be_written_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load({"store_path": "~/store"}, {"KVCACHED_SOCKET_PATH": "~/s/kvcached.sock"}, empty(tmp_path))
+    assert (config.store_path, config.socket_path) == (tmp_path / "store", tmp_path / "s/kvcached.sock")
 
 
 @pytest.mark.parametrize("content", [b"quota_bytes = = 3", b"\xff\xfe"])

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import DaemonProcess, chain, tiny_spec
+
+from kvcached_client._proto import kvcached_pb2 as pb
 
 CTL = Path(sys.executable).with_name("kvcachedctl")
 
@@ -82,3 +85,11 @@ def test_help_and_version_need_no_daemon() -> None:
         result = subprocess.run([str(CTL), flag], capture_output=True, text=True, timeout=60)
         assert result.returncode == 0
         assert result.stdout
+
+
+@pytest.mark.parametrize("name", ["[/foo]", "[red]x", "a\\["])
+def test_names_are_shown_as_they_are(daemon: DaemonProcess, name: str) -> None:
+    daemon.call("RegisterModel", pb.RegisterModelRequest(spec=replace(tiny_spec(), name=name).to_proto()))
+    result = ctl(daemon, "status")
+    assert result.returncode == 0
+    assert name in result.stdout

@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import lmdb
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -208,8 +208,7 @@ def test_tcp_is_off_unless_it_is_asked_for(run_dir: Path) -> None:
     daemon = DaemonProcess(run_dir)
     daemon.start()
     assert daemon.process
-    listening = subprocess.run(["ss", "-tlnp"], capture_output=True, text=True, check=False).stdout
-    assert f"pid={daemon.process.pid}," not in listening
+    assert psutil.Process(daemon.process.pid).net_connections("inet") == []
     daemon.stop()
     daemon = DaemonProcess(run_dir, "--listen", address)
     daemon.start()
@@ -238,12 +237,21 @@ def test_an_address_in_use_is_refused(daemon: DaemonProcess) -> None:
         (["--workers", "none"], "workers (flag)"),
         (["--config", "/nonexistent/kvcached.toml"], "/nonexistent/kvcached.toml cannot be read"),
         (["--nonsense"], "No such option"),
+        (["--quota-bytes", "9" * 30], "quota_bytes (flag)"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_wrong(run_dir: Path, flags: list[str], message: str) -> None:
     code, log = refusal(DaemonProcess(run_dir), *flags)
     assert code == 2
     assert message in log
+
+
+def test_a_store_path_that_cannot_be_is_told_without_a_traceback(run_dir: Path) -> None:
+    (run_dir / "store").write_text("a file")
+    code, log = refusal(DaemonProcess(run_dir))
+    assert code == 1
+    assert f"the store {run_dir / 'store'} cannot be made or opened" in log
+    assert "Traceback" not in log
 
 
 # ---- files that are not what they should be

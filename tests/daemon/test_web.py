@@ -161,11 +161,11 @@ def test_healthz_and_readyz_answer_ok(port: int) -> None:
 
 
 def test_readyz_says_why_nothing_can_be_stored(daemon: DaemonProcess, port: int) -> None:
-    daemon.call("SetConfig", pb.SetConfigRequest(values={"free_floor_bytes": str(1 << 60)}))
+    daemon.call("SetConfig", pb.SetConfigRequest(values={"free_floor_bytes": "64TiB"}))
     status, text, _ = get(port, "/readyz")
     assert status == 503
     assert "nothing can be stored" in text
-    assert f"{1 << 60} of them are kept free" in text
+    assert f"{64 << 40} of them are kept free" in text
     assert get(port, "/healthz")[0] == 200
 
 

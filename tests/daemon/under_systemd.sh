@@ -6,12 +6,12 @@ set -euo pipefail
 mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system /run/user/0 # a manager refuses to run unless the former exists
 chmod 700 /run/user/0
-export XDG_RUNTIME_DIR=/run/user/0 HOME=$KVCACHED_TEST_DIR/home
+export XDG_RUNTIME_DIR=/run/user/0 HOME=$TEST_DIR/home
 unset DBUS_SESSION_BUS_ADDRESS XDG_CONFIG_HOME XDG_CACHE_HOME
 mkdir -p "$HOME/.config/kvcached"
 printf 'quota_bytes = "64MiB"\nfree_floor_bytes = 0\nhttp_port = 0\n' > "$HOME/.config/kvcached/config.toml"
 
-/lib/systemd/systemd --user --log-target=console > "$KVCACHED_TEST_DIR/systemd.log" 2>&1 &
+/lib/systemd/systemd --user --log-target=console > "$TEST_DIR/systemd.log" 2>&1 &
 manager=$!
 trap 'systemctl --user stop kvcached.service 2> /dev/null || true; kill $manager' EXIT
 timeout 30 bash -c 'until systemctl --user list-units > /dev/null 2>&1; do sleep 0.1; done'
