@@ -21,6 +21,7 @@ from rich.table import Table
 from kvcached_client import Connection
 from kvcached_client._proto import kvcached_pb2 as pb
 
+BLOCK_TOKENS = 256
 ENGINE = Path(__file__).with_name("engine.py")
 console = Console(highlight=False)
 
@@ -140,8 +141,10 @@ def main() -> None:
     print_table(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    if not result["identical"] or result["restored_tokens"] == 0:
+    if not result["identical"]:
         raise SystemExit("failed: the continuation is not the one of an engine that never evicted")
+    if result["computed_tokens"] > BLOCK_TOKENS:
+        raise SystemExit(f"failed: {result['computed_tokens']} tokens were computed again, more than one block")
 
 
 if __name__ == "__main__":

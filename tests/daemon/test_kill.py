@@ -18,8 +18,8 @@ N_ROUNDS, N_CLIENTS = 20, 3
 class Load:
     """Clients that put, match and get until told to stop, and remember what was acknowledged."""
 
-    def __init__(self, daemon: DaemonProcess, acknowledged: dict[bytes, Block], seed: int) -> None:
-        self._daemon, self._acknowledged = daemon, acknowledged
+    def __init__(self, daemon: DaemonProcess, acknowledged: dict[bytes, Block], seed: int, ballast: int = 0) -> None:
+        self._daemon, self._acknowledged, self._ballast = daemon, acknowledged, ballast
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._work, args=(seed + i,)) for i in range(N_CLIENTS)]
         for thread in self._threads:
@@ -36,7 +36,7 @@ class Load:
         with self._daemon.client(SPEC) as client:
             while not self._stop.is_set():
                 tokens = [rng.randrange(1000) for _ in range(SPEC.block_size * rng.randrange(1, 9))]
-                blocks = chain(client, tokens, seed=rng.randrange(1 << 30))
+                blocks = chain(client, tokens, seed=rng.randrange(1 << 30), ballast=self._ballast)
                 for block, result in zip(blocks, client.put(blocks), strict=True):
                     if result.code == "OK":
                         self._acknowledged[block.block_hash] = block
@@ -66,6 +66,33 @@ def test_no_acknowledged_block_is_lost_or_wrong_in_20_rounds_of_kill_9(run_dir: 
         assert report.n_frames_decoded >= len(acknowledged)
         assert list(daemon.status().store.set_aside) == []
         assert lost_or_wrong(daemon, acknowledged) == []
+    daemon.stop()
+
+
+@pytest.mark.slow
+def test_what_is_left_after_kill_9_amid_evictions_is_sound_and_right(run_dir: Path) -> None:
+    """Blocks of several chunks under a quota that they exceed many times: every commit evicts."""
+    daemon = DaemonProcess(run_dir, quota="8MiB")
+    rng = random.Random(1)
+    daemon.start()
+    for round_ in range(N_ROUNDS // 2):
+        acknowledged: dict[bytes, Block] = {}
+        load = Load(daemon, acknowledged, seed=100 * round_, ballast=300_000)
+        while daemon.status().counters['evicted_blocks_total{reason="quota"}'] == 0:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        daemon.kill()
+        load.stop()
+        daemon.start()
+        with Connection(daemon.target) as connection:
+            report = connection.call("Check", pb.CheckRequest(frames=True), timeout=60)
+        assert list(report.problems) == []
+        assert list(daemon.status().store.set_aside) == []
+        with daemon.client(SPEC) as client:
+            found = dict(zip(acknowledged, client.get(list(acknowledged)), strict=True))
+        held = [hash_ for hash_, again in found.items() if again is not None]
+        assert held
+        assert all(same_tensors(dict(acknowledged[h].tensors), dict(found[h].tensors)) for h in held)
     daemon.stop()
 
 
