@@ -82,3 +82,9 @@ class ServerProcess:
         assert self.process is not None
         self.process.send_signal(number)
         return self.process.wait(timeout=120)
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(timeout=60)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm
 from mlx_lm import server
 from mlx_lm.utils import hf_repo_to_path
@@ -136,6 +137,7 @@ def install(options: argparse.Namespace) -> Stores:
                 super()._generate()
             finally:  # on this thread, for mlx arrays may be touched nowhere else
                 cache.offload_all(time.monotonic() + _LAST_SECONDS)
+                mx.clear_streams()  # or mlx may work on while Python ends, and abort (0.32.4 does, without us too)
 
     server.ModelProvider, server.ResponseGenerator = Provider, Generator
     server.LRUPromptCache = functools.partial(OffloadingPromptCache, stores.of, each_turn=options.offload_turns)
