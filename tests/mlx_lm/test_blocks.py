@@ -175,8 +175,7 @@ def test_caches_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path) -> N
     home_made = HomeMadeCache()
     home_made.keys, home_made.values, home_made.offset = cache[0].keys, cache[0].values, cache[0].offset
     assert "HomeMadeCache; known are those of mlx-lm" in refused(spec, [home_made, *cache[1:]], TOKENS)
-    quantised = [c.to_quantized(16, 8) if hasattr(c, "to_quantized") else c for c in wide_cache()]
-    assert "the model" in refused(spec, quantised, TOKENS)
+    assert "in mlx-q8-g32, the cache of the model in full precision" in refused(spec, quantised(8, 32), TOKENS)
 
 
 def longer(model: Any) -> Any:
@@ -185,11 +184,42 @@ def longer(model: Any) -> Any:
     return cache[3]
 
 
-def wide_cache() -> list[Any]:
-    model, _ = build("llama", overrides={"head_dim": 64})
+def quantised(bits: int | None, group_size: int = 64) -> list[Any]:
+    model, _ = build("llama", overrides={"head_dim": 64})  # groups must divide it
+    cache = fresh_cache(model, bits, group_size)
+    prefill(model, cache, TOKENS)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "got"),
+    [(8, 32, "mlx-q8-g32"), (4, 64, "mlx-q4-g64"), (None, 64, "full precision")],
+    ids=["other bits", "other groups", "not quantised"],
+)
+def test_a_cache_quantised_in_another_way_is_another_models(
+    bits: int | None, group_size: int, got: str, tmp_path: Path
+) -> None:
+    model, config = build("llama", overrides={"head_dim": 64})
+    spec = spec_of(model, config, tmp_path, kv_bits=4, kv_group_size=32)
+    message = f"layer 0 is kept in {got}, the cache of the model in mlx-q4-g32"
+    assert message in refused(spec, quantised(bits, group_size), TOKENS)
+    blocks = to_blocks(spec, TOKENS, chain_hashes(TOKENS, BLOCK), quantised(4, 32))
+    with pytest.raises(UnsupportedCacheError, match=message):
+        from_blocks(spec, blocks, fresh_cache(model, bits, group_size))
+
+
+class ForeignCache:
+    """Of an engine that knows nothing of mlx-lm's interface."""
+
+
+def test_a_cache_of_a_foreign_class_is_refused_by_its_name(tmp_path: Path) -> None:
+    model, config = build("llama")
+    spec = spec_of(model, config, tmp_path)
     cache = fresh_cache(model)
     prefill(model, cache, TOKENS)
-    return [c.to_quantized(32, 8) for c in cache]
+    assert "ForeignCache; known are those of mlx-lm" in refused(spec, [ForeignCache(), *cache[1:]], TOKENS)
+    with pytest.raises(UnsupportedCacheError, match="ForeignCache; known are those of mlx-lm"):
+        from_blocks(spec, to_blocks(spec, TOKENS, chain_hashes(TOKENS, BLOCK), cache), [ForeignCache(), *cache[1:]])
 
 
 def test_a_cache_of_another_dtype_is_refused(tmp_path: Path) -> None:

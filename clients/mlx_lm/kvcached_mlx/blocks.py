@@ -88,6 +88,7 @@ def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: Sequence[Any]) 
         for i, entry in enumerate(cache):
             prefix = f"layers.{i}."
             parts = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            _check_precision(spec, i, entry)
             tree.fill(entry, parts, n_tokens)
     except (KeyError, ValueError, IndexError) as error:
         raise UnsupportedCacheError(f"the blocks do not make a cache of this model: {error!r}") from None
@@ -102,6 +103,7 @@ def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, t
     state: tree.Arrays = {}
     for i, (entry, layer) in enumerate(zip(cache, spec.layers, strict=True)):
         entry_tokens, entry_state = tree.read(entry)
+        _check_precision(spec, i, entry)
         if not layer.opaque:
             _check_dense(spec, i, entry_tokens)
         tokens |= {f"layers.{i}.{name}": array for name, array in entry_tokens.items()}
@@ -110,6 +112,13 @@ def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, t
     if batches - {1}:
         raise UnsupportedCacheError(f"a cache of one sequence is expected, got batches of {sorted(batches)}")
     return tokens, state
+
+
+def _check_precision(spec: ModelSpec, index: int, entry: Any) -> None:
+    """A cache in another precision is that of another model, even where its arrays have the same names and shapes."""
+    expected, got = tree.expected_precision(spec.kv_dtype), tree.precision(entry)
+    if got not in (None, expected):
+        raise UnsupportedCacheError(f"layer {index} is kept in {got}, the cache of the model in {expected}")
 
 
 def _check_dense(spec: ModelSpec, index: int, tokens: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ def model_spec(
     layers, kv_dtype = _dense_where_alike([_layer(model, config, i, entry) for i, entry in enumerate(cache)])
     return ModelSpec(
         fingerprint=fingerprint(directory, adapter_path),
-        kv_dtype=f"mlx-q{kv_bits}-g{kv_group_size}" if kv_bits else kv_dtype,
+        kv_dtype=tree.quantized_dtype(kv_bits, kv_group_size) if kv_bits else kv_dtype,
         block_size=block_size,
         layers=layers,
         name=directory.resolve().name,

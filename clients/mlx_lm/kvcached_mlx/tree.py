@@ -31,9 +31,10 @@ class _Kind:
 
 def read(entry: Any) -> tuple[Arrays, Arrays]:
     """Token and state tensors of a cache entry. Raises UnsupportedCacheError."""
+    kind = _kind(entry)
     if entry.empty():
         raise UnsupportedCacheError(f"an empty {type(entry).__name__}")
-    return _kind(entry).read(entry)
+    return kind.read(entry)
 
 
 def fill(entry: Any, arrays: Mapping[str, Any], n_tokens: int) -> None:
@@ -77,6 +78,27 @@ def _fill_kv(cache: Any, arrays: Mapping[str, Any], n_tokens: int) -> None:
 # ---- QuantizedKVCache: each of keys and values is (codes, scales, biases)
 
 _QUANTIZED_PARTS = ("codes", "scales", "biases")
+
+
+FULL_PRECISION = "full precision"
+_QUANTIZED = "mlx-q"
+
+
+def quantized_dtype(bits: int, group_size: int) -> str:
+    """The kv_dtype of a model whose cache is quantised like this."""
+    return f"{_QUANTIZED}{bits}-g{group_size}"
+
+
+def expected_precision(kv_dtype: str) -> str:
+    """What `precision` says of the caches of a model with this kv_dtype."""
+    return kv_dtype if kv_dtype.startswith(_QUANTIZED) else FULL_PRECISION
+
+
+def precision(entry: Any) -> str | None:
+    """How exactly a cache entry keeps what it was given; None for a class that mlx-lm never quantises."""
+    if type(entry).__name__ == "QuantizedKVCache":
+        return quantized_dtype(entry.bits, entry.group_size)
+    return FULL_PRECISION if type(entry).__name__ == "KVCache" else None
 
 
 def _read_quantized(cache: Any) -> tuple[Arrays, Arrays]:
