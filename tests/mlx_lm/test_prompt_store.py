@@ -194,3 +194,29 @@ def test_bytes_are_taken_before_offload_returns(llama: tuple[Any, ModelSpec], st
     restored, n_tokens = store.restore(TOKENS)
     rest = TOKENS[n_tokens:]
     assert mx.array_equal(prefill(model, restored, rest), prefill(model, expected, rest))
+
+
+def test_a_closed_store_drops_and_misses(
+    llama: tuple[Any, ModelSpec], store: PromptStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = llama
+    offloaded(store, model, TOKENS)
+    store.close()
+    other = [t ^ 1 for t in TOKENS]
+    assert store.offload(other, fresh(model, other)) == 0
+    assert "5 blocks dropped: the store is closed" in caplog.text
+    assert (store.counts.sent, store.counts.dropped) == (5, 5)
+    assert store.flush(timeout=30)
+    restored, n_tokens = store.restore(TOKENS)
+    assert (restored[0].offset, n_tokens) == (0, 0)
+    store.close()
+
+
+def test_what_was_taken_before_closing_is_sent(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess
+) -> None:
+    model, _ = llama
+    store.offload(TOKENS, fresh(model, TOKENS))
+    store.close()
+    assert store.counts.sent == 5
+    assert another(store, model, daemon.target).restore(TOKENS)[1] == 5 * BLOCK

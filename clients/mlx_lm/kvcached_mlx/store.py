@@ -68,6 +68,7 @@ class PromptStore:
         self._limit_bytes = queue_bytes
         self._state = threading.Condition()  # guards what follows, and the counts
         self._waiting_bytes = 0
+        self._closed = False
         self._held: set[bytes] = set()  # blocks that the daemon has, as far as we know: not taken again
         self._queue: queue.SimpleQueue[list[Block] | None] = queue.SimpleQueue()  # an empty list: only announce
         self._thread = threading.Thread(target=self._send_all, name="kvcached-sender", daemon=True)
@@ -81,8 +82,10 @@ class PromptStore:
         At least one token is left to feed. (empty cache, 0) for a miss, for whatever reason: nothing longer than the
         `n_local` tokens that the caller has anyway is held, or computing the rest is faster than fetching it all.
         """
-        hashes = self.client.chain(token_ids[:-1])
         cache, n_tokens = self._make_cache(), 0
+        if self._closed:
+            return cache, n_tokens
+        hashes = self.client.chain(token_ids[:-1])
         if len(hashes) * self.spec.block_size > n_local:
             fetched = self._fetch(hashes, n_local)
             try:
@@ -155,14 +158,21 @@ class PromptStore:
             return 0
         n_bytes = _n_bytes(taken)
         with self._state:
-            if self._waiting_bytes and self._waiting_bytes + n_bytes > self._limit_bytes:
+            if reason := self._no_room(n_bytes):
                 self.counts.dropped += len(taken)
-                log.warning("%d blocks dropped: %d bytes wait to be sent already", len(taken), self._waiting_bytes)
+                log.warning("%d blocks dropped: %s", len(taken), reason)
                 return 0
             self._waiting_bytes += n_bytes
             self._held.update(block.block_hash for block in taken)  # as good as held: not taken twice
-        self._queue.put(taken)
+            self._queue.put(taken)
         return len(taken)
+
+    def _no_room(self, n_bytes: int) -> str:
+        """Why nothing of this size can be queued; empty if it can."""
+        if self._closed:
+            return "the store is closed"
+        too_much = self._waiting_bytes and self._waiting_bytes + n_bytes > self._limit_bytes
+        return f"{self._waiting_bytes} bytes wait to be sent already" if too_much else ""
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything offloaded was answered; whether that came in time."""
@@ -170,7 +180,9 @@ class PromptStore:
             return self._state.wait_for(lambda: not self._waiting_bytes, timeout)
 
     def close(self, timeout: float | None = 30.0) -> None:
-        """Sends what waits, and stops."""
+        """Sends what waits, and stops: from now on everything is dropped, and a miss."""
+        with self._state:
+            self._closed = True
         self.flush(timeout)
         self._queue.put(None)
         self._thread.join(timeout)
