@@ -47,6 +47,32 @@ def test_without_a_daemon_everything_is_a_miss_or_refused(run_dir: Path) -> None
         assert [r.block_hash for r in client.put(blocks)] == [b.block_hash for b in blocks]
 
 
+def test_a_closed_client_misses_and_refuses(daemon: DaemonProcess, caplog: pytest.LogCaptureFixture) -> None:
+    client = daemon.client(SPEC)
+    blocks = put_all(client, chain(client, TOKENS))
+    client.close()
+    assert client.match(client.chain(TOKENS)) == Match()
+    assert list(client.get(client.chain(TOKENS))) == [None] * 4
+    results = client.put(blocks)
+    assert refused(results) == UNAVAILABLE
+    assert {result.message for result in results} == {"CANCELLED: this connection is closed"}
+    assert client.delete(client.chain(TOKENS)) == 0
+    assert not client.announce(pb.Engine(name="late"))
+    assert "Match failed: CANCELLED: this connection is closed" in caplog.text
+    client.close()
+
+
+def test_a_client_closed_in_the_middle_of_a_get_makes_the_rest_a_miss(daemon: DaemonProcess) -> None:
+    client = daemon.client(SPEC)
+    hashes = [block.block_hash for block in put_all(client, chain(client, range(40), ballast=4 << 20))]
+    items = client.get(hashes)
+    assert next(items) is not None
+    client.close()
+    rest = list(items)
+    assert len(rest) == 9
+    assert rest[-1] is None
+
+
 def test_a_daemon_killed_between_calls_is_a_miss_and_its_successor_a_hit(daemon: DaemonProcess) -> None:
     with Client(SPEC, target=daemon.target, breaker=patient_breaker()) as client:
         blocks = put_all(client, chain(client, TOKENS))

@@ -1,6 +1,7 @@
 """Calls to a daemon that raise when they fail: for tools. Engines use `Client`, which never does."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -34,6 +35,7 @@ class Connection:
         backoff = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
         self._channel = grpc.insecure_channel(self.target, options=[*protocol.CHANNEL_OPTIONS, *backoff])
         self._calls = {m.name: self._bind(m) for m in METHODS.values()}
+        self._closed = False
 
     def _bind(self, method: protocol.Method) -> Any:
         factory = self._channel.stream_stream if method.streaming else self._channel.unary_unary
@@ -41,10 +43,8 @@ class Connection:
 
     def call(self, name: str, request: Any, timeout: float = 10.0) -> Any:
         """One request, one response. Raises DaemonError."""
-        try:
+        with self._raising_daemon_errors():
             return self._calls[name](request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise _daemon_error(error) from None
 
     def put(self, parts: Iterable[Part], timeout: float) -> Iterator[pb.PutResult]:
         """Results as they come. Raises DaemonError; results yielded before are good."""
@@ -55,14 +55,23 @@ class Connection:
         return self._stream("Get", iter([request]), timeout)
 
     def _stream(self, name: str, requests: Iterator[Any], timeout: float) -> Iterator[Any]:
-        try:
+        with self._raising_daemon_errors():
             call = self._calls[name](requests, timeout=timeout)
             try:
                 yield from call
             finally:
                 call.cancel()  # a consumer that left early must not keep the daemon at work
+
+    @contextmanager
+    def _raising_daemon_errors(self) -> Iterator[None]:
+        try:
+            yield
         except grpc.RpcError as error:
             raise _daemon_error(error) from None
+        except ValueError:  # all that gRPC says of a channel that is closed
+            if not self._closed:
+                raise
+            raise DaemonError("CANCELLED", "this connection is closed") from None
 
     def is_serving(self, timeout: float = 1.0) -> bool:
         """Whether a daemon answers at all."""
@@ -73,6 +82,8 @@ class Connection:
         return True
 
     def close(self) -> None:
+        """From now on every call fails; so do those under way."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> "Connection":
