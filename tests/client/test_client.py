@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from support import ROOT_DIR, DaemonProcess, chain, dense_tensors, put_all, same_tensors, tiny_spec, wait_until
 
@@ -43,6 +44,18 @@ def test_get_yields_one_item_for_each_hash_and_none_for_a_miss(daemon: DaemonPro
         asked = [b"\1" * 32, second.block_hash, first.block_hash, b"\2" * 32, second.block_hash]
         found = [block and block.block_hash for block in client.get(asked)]
         assert found == [None, second.block_hash, first.block_hash, None, second.block_hash]
+
+
+def test_what_is_put_big_endian_comes_back_equal(daemon: DaemonProcess) -> None:
+    with daemon.client(SPEC) as client:
+        (block,) = chain(client, TOKENS[:4])
+        swapped = {name: array.astype(">f2") for name, array in block.tensors.items()}
+        swapped["opaque"] = np.arange(7, dtype=">f4")
+        put_all(client, [Block(block.block_hash, ROOT, 0, block.token_ids, swapped, 0)])
+        (again,) = client.get([block.block_hash])
+        assert again is not None
+        assert again.tensors.keys() == swapped.keys()
+        assert all(np.array_equal(again.tensors[name], array) for name, array in swapped.items())
 
 
 def test_nothing_asked_is_nothing_answered(daemon: DaemonProcess) -> None:

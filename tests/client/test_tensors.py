@@ -60,6 +60,16 @@ def test_every_dtype_travels_under_its_name(dtype: str) -> None:
     assert same_tensors(views(describe(arrays), payload_of(arrays)), arrays)
 
 
+@pytest.mark.parametrize("dtype", sorted(set(DTYPES) - {"bfloat16"}))  # numpy cannot swap the bytes of this one
+def test_big_endian_arrays_come_back_equal_and_little_endian(dtype: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(DTYPES[dtype].newbyteorder(">"))
+    arrays = {"x": array, "transposed": array.T}
+    again = views(describe(arrays), payload_of(arrays, max_bytes=5))
+    for name, expected in arrays.items():
+        assert np.array_equal(again[name], expected)
+        assert again[name].dtype == DTYPES[dtype]
+
+
 def test_the_layout_is_what_the_protocol_says() -> None:
     arrays = {"a": np.array([1, 2], np.uint16), "none": np.empty((3, 0), np.int8), "b": np.array([3], np.float32)}
     expected = b"\1\0\2\0" + bytes(60) + b"\0\0\x40\x40"

@@ -65,14 +65,15 @@ def views(tensors: Iterable[pb.Tensor], payload: np.ndarray) -> dict[str, np.nda
 
 
 def pieces(arrays: Arrays, max_bytes: int) -> Iterator[memoryview | bytes]:
-    """The payload of `arrays` in pieces of at most `max_bytes`, views where the array is contiguous."""
+    """The payload of `arrays` in pieces of at most `max_bytes`; views where an array is contiguous and little-endian."""
     end = 0
     for array in arrays.values():
         if array.nbytes == 0:
             continue
         if padding := -end % ALIGNMENT:
             yield bytes(padding)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        # dtype.name says nothing of the byte order: what is described is an array of DTYPES
+        data = np.ascontiguousarray(array, DTYPES[array.dtype.name]).reshape(-1).view(np.uint8).data
         for start in range(0, len(data), max_bytes):
             yield data[start : start + max_bytes]
         end += padding + len(data)
