@@ -19,7 +19,15 @@ def test_the_help_shows_our_flags_and_all_of_mlx_lm() -> None:
         assert flag in result.stdout
 
 
-@pytest.mark.parametrize("flags", [("--nonsense",), ("--offload-queue-bytes", "many"), ("--offload-queue-bytes", "-1")])
+WRONG = [
+    ("--nonsense",),
+    ("--offload-queue-bytes", "many"),
+    ("--offload-queue-bytes", "-1"),
+    ("--target", f"unix:/{'x' * 200}"),
+]
+
+
+@pytest.mark.parametrize("flags", WRONG, ids=" ".join)
 def test_wrong_flags_are_refused(flags: tuple[str, ...]) -> None:
     result = run_module("--model", str(REFERENCE_MODEL), *flags)
     assert result.returncode == 2

@@ -23,6 +23,7 @@ from mlx_lm import server
 from mlx_lm.utils import hf_repo_to_path
 
 from kvcached_client import Client, Fingerprint, Limits
+from kvcached_client.paths import check_target
 
 from .breakeven import BreakEven, measure
 from .fingerprint import fingerprint, fresh_cache, model_spec
@@ -151,7 +152,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         add_help=False, allow_abbrev=False,
     )  # fmt: skip
     group = parser.add_argument_group("kvcached")
-    group.add_argument("--target", help="where the daemon listens: unix:PATH or HOST:PORT (default: its own default)")
+    group.add_argument(
+        "--target", type=_target, help="where the daemon listens: unix:PATH or HOST:PORT (default: its own default)"
+    )
     group.add_argument(
         "--namespace", default="", help="blocks are shared within a namespace only (default: the empty one)"
     )
@@ -171,6 +174,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.print_help()
         print("\nand all flags of mlx_lm.server:\n")
     return parser.parse_known_args(arguments)
+
+
+def _target(text: str) -> str:
+    try:
+        return check_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,7 @@ import grpc
 
 from . import protocol
 from ._proto import kvcached_pb2 as pb
-from .paths import default_target
+from .paths import check_target, default_target
 from .protocol import METHODS, Part
 
 
@@ -27,10 +27,14 @@ class DaemonError(Exception):
 
 
 class Connection:
-    """A channel to one daemon. Thread-safe; connects when first used, and again after a loss."""
+    """A channel to one daemon. Thread-safe; connects when first used, and again after a loss.
+
+    Raises:
+        ValueError: the target is a socket whose path is too long; gRPC would only say so at every call.
+    """
 
     def __init__(self, target: str | None = None) -> None:
-        self.target = target or default_target()
+        self.target = check_target(target or default_target())
         # A local daemon is there at once or not at all; gRPC's default back-off (up to 2 minutes) outlasts restarts.
         backoff = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
         self._channel = grpc.insecure_channel(self.target, options=[*protocol.CHANNEL_OPTIONS, *backoff])

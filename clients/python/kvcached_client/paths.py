@@ -21,3 +21,12 @@ def default_socket() -> Path:
 def default_target() -> str:
     """The gRPC target of `default_socket`."""
     return f"unix:{default_socket()}"
+
+
+def check_target(target: str) -> str:
+    """The target again. Raises ValueError for a socket path that is longer than the system can take."""
+    scheme, _, path = target.partition(":")
+    size = len(os.fsencode(path.removeprefix("//")))
+    if scheme == "unix" and size > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"the socket path of {target} has {size} bytes, at most {MAX_SOCKET_PATH_BYTES} are possible")
+    return target

@@ -65,7 +65,7 @@ def views(tensors: Iterable[pb.Tensor], payload: np.ndarray) -> dict[str, np.nda
 
 
 def pieces(arrays: Arrays, max_bytes: int) -> Iterator[memoryview | bytes]:
-    """The payload of `arrays` in pieces of at most `max_bytes`; views where an array is contiguous and little-endian."""
+    """The payload of `arrays` in pieces of at most `max_bytes`, views where one is contiguous and little-endian."""
     end = 0
     for array in arrays.values():
         if array.nbytes == 0:
