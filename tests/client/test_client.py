@@ -95,6 +95,26 @@ def test_no_more_than_the_window_is_sent_ahead_of_results(daemon: DaemonProcess)
         put_all(client, chain(client, range(80), ballast=size))
 
 
+@pytest.mark.parametrize(
+    ("request_id", "logged"),
+    [("x" * (5 << 20), "x" * 64), ("füñf\n7", "f??f?7"), ("\ud800", "?"), ("nice-1", "nice-1")],
+    ids=["larger than a message", "not ASCII", "half a character", "as it should be"],
+)
+def test_no_request_id_breaks_a_call(daemon: DaemonProcess, request_id: str, logged: str) -> None:
+    with daemon.client(SPEC) as client:
+        blocks = chain(client, TOKENS)
+        assert {result.code for result in client.put(blocks, request_id=request_id)} == {"OK"}
+        assert client.match(client.chain(TOKENS), request_id=request_id).n_tokens == 16
+        assert all(client.get(client.chain(TOKENS), request_id=request_id))
+    for call in ("put", "match", "get"):  # which ends after the client has what it wanted
+        assert wait_until(lambda call=call: is_logged(daemon, call, logged)), call  # type: ignore[misc]
+
+
+def is_logged(daemon: DaemonProcess, call: str, request_id: str) -> bool:
+    lines = daemon.log.read_text().splitlines()
+    return any(f"] {call} " in line and f"request_id={request_id}" in line.split() for line in lines)
+
+
 def test_eight_threads_share_a_client(daemon: DaemonProcess) -> None:
     problems: list[str] = []
 

@@ -18,7 +18,7 @@ from ._proto import kvcached_pb2 as pb
 from .breaker import CircuitBreaker
 from .connection import Connection, DaemonError
 from .hashing import chain_hashes
-from .protocol import CHUNK_BYTES, Part, describe_part, read_payload
+from .protocol import CHUNK_BYTES, MAX_REQUEST_ID_CHARACTERS, Part, describe_part, read_payload
 from .spec import Fidelity, FidelityKind, ModelSpec, kind_from_proto, kind_to_proto
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,10 @@ class Limits:
 
 
 class Client:
-    """Blocks of one model in one namespace. See the module for what it promises."""
+    """Blocks of one model in one namespace. See the module for what it promises.
+
+    A request id is for logs: its first 64 characters, with "?" for those that are not printable ASCII.
+    """
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class Client:
             block_hashes=hashes,
             floor=kind_to_proto(floor),
             accepts_compacted=accepts_compacted,
-            request_id=request_id,
+            request_id=_printable(request_id),
         )
         response = self._ask("Match", request)
         if response is None:
@@ -132,7 +135,7 @@ class Client:
             block_hashes=hashes,
             floor=kind_to_proto(floor),
             accepts_compacted=accepts_compacted,
-            request_id=request_id,
+            request_id=_printable(request_id),
         )
         n_yielded = 0
         try:
@@ -155,7 +158,7 @@ class Client:
         Raises:
             ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range.
         """
-        upload = _Upload(self, blocks, request_id or uuid.uuid4().hex[:16])
+        upload = _Upload(self, blocks, _printable(request_id) or uuid.uuid4().hex[:16])
         reason = "nobody answers (circuit breaker is open)"
         try:
             with _Attempt(self) as attempt:
@@ -304,6 +307,11 @@ class _Upload:
             pb.PutResult(block_hash=b.block_hash, outcome=pb.OUTCOME_REFUSED, code="UNAVAILABLE", message=reason)
             for b in self._blocks[len(self.results) :]
         ]
+
+
+def _printable(request_id: str) -> str:
+    """A request id as the daemon's log has it: nothing that a caller writes into it may break a call."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in request_id[:MAX_REQUEST_ID_CHARACTERS])
 
 
 def _read_block(parts: Iterator[Part], block_hash: bytes, max_bytes: int) -> Block | None:
