@@ -1,10 +1,13 @@
 """The command line of our server: its own flags, and mlx-lm's."""
 
+import re
 import subprocess
 import sys
 
 import pytest
-from support import REFERENCE_MODEL
+from support import REFERENCE_MODEL, ROOT_DIR
+
+MANUAL = ROOT_DIR / "clients/mlx_lm/README.md"
 
 
 def run_module(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -12,11 +15,15 @@ def run_module(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_the_help_shows_our_flags_and_all_of_mlx_lm() -> None:
+def test_the_help_shows_our_flags_as_the_manual_does_and_all_of_mlx_lm() -> None:
     result = run_module("--help")
     assert result.returncode == 0
-    for flag in ("--namespace", "--offload-turns", "--target", "--prompt-cache-size", "--adapter-path"):
-        assert flag in result.stdout
+    ours, theirs = result.stdout.split("all flags of mlx_lm.server:")
+    flags = set(re.findall(r"^  (--[\w-]+)", ours, re.MULTILINE))
+    assert flags == set(re.findall(r"^\| `(--[\w-]+)`", MANUAL.read_text(), re.MULTILINE))
+    assert {"--namespace", "--offload-turns", "--target"} < flags
+    for flag in ("--prompt-cache-size", "--prompt-cache-bytes", "--prefill-step-size", "--adapter-path"):
+        assert flag in theirs
 
 
 WRONG = [
