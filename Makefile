@@ -45,6 +45,7 @@ demo: setup
 bench: setup
 	$(BIN)/python bench/demo.py --json bench/results/demo.json
 	$(BIN)/python bench/first_light.py --json bench/results/first_light.json
+	$(BIN)/python bench/server.py --json bench/results/server.json
 	$(BIN)/python bench/tables.py
 
 proto: setup

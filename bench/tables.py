@@ -63,9 +63,24 @@ def bench_table(bench: dict[str, Any]) -> str:
     return _markdown(["", "measured", "against, in the same run (bare codec: one core)"], rows)
 
 
+def server_table(server: dict[str, Any]) -> str:
+    """What `make bench` measured on servers."""
+    plain, ours = server["plain"], server["offloading"]
+    seconds = [f"{kind['first_token_seconds']['median']:.2f} s" for kind in (plain, ours)]
+    computed = [f"{kind['computed_tokens']:,}" for kind in (plain, ours)]
+    answers = "the same" if server["answers_equal"] else "different"
+    rows = [
+        ["to the first token, median", *seconds, f"{server['first_token_ratio']:.2f}"],
+        [f"computed of {server['prompt_tokens']:,} prompt tokens", *computed, f"{server['computed_tokens_ratio']:.2f}"],
+        ["answers", "", answers, ""],
+    ]
+    return _markdown([f"{server['turns']} turns after a restart", "mlx_lm.server", "with kvcached", "ratio"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "bench": ("first_light.json", bench_table),
+    "server": ("server.json", server_table),
 }
 
 
