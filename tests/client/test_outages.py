@@ -1,6 +1,7 @@
 """The client fails open: whatever becomes of the daemon, engines see misses and refusals, never an exception."""
 
 import itertools
+import os
 import signal
 import socket
 import threading
@@ -128,6 +129,7 @@ def test_a_stopped_daemon_is_a_miss_within_the_deadline_and_works_when_continued
         blocks = put_all(patient, chain(patient, TOKENS))
         assert client.match(client.chain(TOKENS)).n_tokens == 16
         daemon.process.send_signal(signal.SIGSTOP)
+        os.waitpid(daemon.process.pid, os.WUNTRACED)  # until all of its threads have stopped
         try:
             start = time.monotonic()
             assert client.match(client.chain(TOKENS)) == Match()
