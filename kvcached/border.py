@@ -15,7 +15,6 @@ from kvcached_client.spec import kind_from_proto
 
 MAX_HASHES = 100_000
 MAX_ENGINE_NAME_BYTES = 128
-MAX_REQUEST_ID_CHARACTERS = 64
 MAX_MESSAGE_CHARACTERS = 1000
 MAX_SPEC_BYTES = 256 << 10  # about 60 layers with longrope factors of their own, or 1,000 without
 MAX_MODEL_NAME_BYTES = 128
@@ -52,7 +51,7 @@ def block_ids(request: NamesBlocks) -> list[BlockId]:
 
 def printable(request_id: str) -> str:
     """A caller's request id, as far as it may stand in a log."""
-    return "".join(c for c in request_id[:MAX_REQUEST_ID_CHARACTERS] if c.isascii() and c.isprintable())
+    return "".join(c for c in request_id[: protocol.MAX_REQUEST_ID_CHARACTERS] if c.isascii() and c.isprintable())
 
 
 def brief(message: str) -> str:

@@ -57,7 +57,10 @@ def _asks_daemon(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.pass_context
 def main(context: click.Context, target: str) -> None:
-    context.obj = context.with_resource(Connection(target))
+    try:
+        context.obj = context.with_resource(Connection(target))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 @main.command(help="What the daemon holds and does.")
@@ -101,7 +104,7 @@ def _manages(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (KvcachedError, OSError) as error:
+        except (KvcachedError, OSError, ValueError) as error:
             click.echo(str(error), err=True)
             sys.exit(FAILED)
 

@@ -72,6 +72,8 @@ def test_check_fails_on_a_damaged_frame_and_names_it(filled: DaemonProcess) -> N
 def test_exit_codes_tell_usage_from_absence(daemon: DaemonProcess) -> None:
     assert ctl(daemon, "nonsense").returncode == 2
     assert ctl(daemon, "status", "--nonsense").returncode == 2
+    too_long = ctl(daemon, "--target", f"unix:/{'x' * 200}", "status")
+    assert (too_long.returncode, "has 201 bytes, at most" in too_long.stderr) == (2, True)
     daemon.stop()
     for command in ("status", "check"):
         result = ctl(daemon, command)
