@@ -58,7 +58,11 @@ def bench_table(bench: dict[str, Any]) -> str:
             f"{restore['stored_bytes']:,}",
             f"{restore['stored_over_mlx_file']:.2f} of mlx-lm's `save_prompt_cache` file",
         ],
-        ["lossless compression", ", ".join(f"{n} {x:.2f}x" for n, x in compression.items()), "whole frames"],
+        [
+            "lossless compression",
+            ", ".join(f"{n} {x:.2f}x" for n, x in compression.items()),
+            "whole frames; the others are the float16 cache, cast",
+        ],
     ]
     return _markdown(["", "measured", "against, in the same run (bare codec: one core)"], rows)
 
