@@ -1,6 +1,7 @@
 """Builders and harnesses for tests. Nothing here asserts."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -186,3 +187,13 @@ class DaemonProcess:
     def status(self) -> pb.StatusResponse:
         response: pb.StatusResponse = self.call("Status", pb.StatusRequest())
         return response
+
+
+def damage_frame(daemon: DaemonProcess, block_hash: bytes) -> None:
+    """Flips a bit of a block's payload in the file of a daemon that is stopped, in older copies in free pages too."""
+    data = daemon.store / "db/data.mdb"
+    content = bytearray(data.read_bytes())
+    for found in re.finditer(rb"\x89KVF\r\n", bytes(content)):
+        if content[found.start() + 104 : found.start() + 136] == block_hash:
+            content[found.start() + 200] ^= 0x40
+    data.write_bytes(content)

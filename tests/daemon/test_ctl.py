@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import DaemonProcess, chain, tiny_spec
+from support import DaemonProcess, chain, damage_frame, tiny_spec
 
 from kvcached_client._proto import kvcached_pb2 as pb
 
@@ -57,15 +57,13 @@ def test_check_passes_on_a_sound_store(filled: DaemonProcess) -> None:
 
 def test_check_fails_on_a_damaged_frame_and_names_it(filled: DaemonProcess) -> None:
     filled.stop()
-    data = filled.store / "db/data.mdb"
-    content = data.read_bytes()
-    assert content.count(b"\x89KVF") >= 3
-    at = content.index(b"\x89KVF") + 300
-    data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with filled.client(tiny_spec()) as client:
+        damaged = client.chain(list(range(12)))[1]
+    damage_frame(filled, damaged)
     filled.start()
     result = ctl(filled, "check", "--frames")
     assert result.returncode == 1
-    assert "of model" in result.stdout
+    assert damaged.hex()[:16] in result.stdout
     assert "1 problems in 3 blocks" in result.stdout
 
 

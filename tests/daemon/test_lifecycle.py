@@ -1,7 +1,6 @@
 """Starting, stopping, and everything that can be in the way of either."""
 
 import os
-import re
 import socket
 import stat
 import threading
@@ -15,7 +14,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from support import DaemonProcess, chain, data_of, header_of, same_tensors, tiny_spec, wait_until
+from support import DaemonProcess, chain, damage_frame, data_of, header_of, same_tensors, tiny_spec, wait_until
 
 from kvcached_client import Connection, DaemonError
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -287,13 +286,7 @@ def test_a_payload_that_was_damaged_on_disk_is_a_miss_counted_and_removed(daemon
         blocks = chain(client, list(range(16)))
         assert {result.code for result in client.put(blocks)} == {"OK"}
         daemon.stop()
-        data = daemon.store / "db/data.mdb"
-        content = bytearray(data.read_bytes())
-        frames = [found.start() for found in re.finditer(b"\x89KVF\r\n", content)]
-        for at in frames:
-            if content[at + 104 : at + 136] == blocks[1].block_hash:  # older copies in free pages too
-                content[at + 200] ^= 0x40
-        data.write_bytes(content)
+        damage_frame(daemon, blocks[1].block_hash)
         daemon.start()
         hashes = [block.block_hash for block in blocks]
         found = list(client.get(hashes))

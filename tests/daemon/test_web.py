@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from support import ROOT_DIR, DaemonProcess, chain, hashes_of, put_all, tiny_spec
+from support import ROOT_DIR, DaemonProcess, chain, damage_frame, hashes_of, put_all, tiny_spec
 
 from kvcached import __version__
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -122,10 +122,7 @@ def test_corrupt_blocks_are_counted_and_leave(daemon: DaemonProcess, port: int) 
     with daemon.client(SPEC) as client:
         (block,) = put_all(client, chain(client, TOKENS[:4]))
         daemon.stop()
-        data = daemon.store / "db/data.mdb"
-        content = data.read_bytes()
-        at = content.index(b"\x89KVF") + 300
-        data.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        damage_frame(daemon, block.block_hash)
         daemon.start()
         assert list(client.get([block.block_hash])) == [None]
         assert list(client.get([block.block_hash])) == [None]
