@@ -3,6 +3,7 @@
     KvcachedError                INTERNAL
     ├─ InvalidRequestError       INVALID_ARGUMENT      the caller's fault: do not retry
     ├─ PreconditionError         FAILED_PRECONDITION   unknown model, absent parent, setting that needs a restart
+    ├─ UnsupportedRopeError      FAILED_PRECONDITION   rotary positions that the codec cannot undo
     ├─ OverloadedError           RESOURCE_EXHAUSTED    the queue is full: try later
     ├─ QuotaExceededError        RESOURCE_EXHAUSTED    no room even after eviction, or the disk is full
     ├─ UnsupportedFrameError     UNIMPLEMENTED         a newer version, or a coder that is not built in
@@ -25,6 +26,10 @@ class InvalidRequestError(KvcachedError):
 
 
 class PreconditionError(KvcachedError):
+    code = "FAILED_PRECONDITION"
+
+
+class UnsupportedRopeError(KvcachedError):
     code = "FAILED_PRECONDITION"
 
 
