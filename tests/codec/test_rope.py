@@ -69,11 +69,16 @@ MODELS = {
     "yarn, two factors that differ": Model(64, 64, 1e4, {**DEEPSEEK, "mscale": 1.0, "mscale_all_dim": 0.5}),
     "yarn, all but the factor left out": Model(128, 96, 1e4, {"factor": 16.0, "type": "yarn"}),
     "yarn that shrinks": Model(128, 128, 1e4, {"factor": 0.5, "type": "yarn"}),
-    "yarn, a ramp of no width": Model(8, 8, 1e4, {**DEEPSEEK, "beta_fast": 1, "beta_slow": 1, "factor": 2}),
+    "yarn, a ramp of no width": Model(
+        8, 8, 1e4, {"factor": 2.0, "original_max_position_embeddings": 6, "type": "yarn"}
+    ),
+    "yarn, a ramp beyond the last pair": Model(
+        64, 64, 1e4, {"factor": 4.0, "original_max_position_embeddings": 131072, "type": "yarn"}
+    ),
     "Phi-3, longrope": Model(96, 96, 1e4, {**LONG, "type": "longrope"}),
     "Phi-4-mini, longrope, three quarters of the dims": Model(128, 96, 1e4, {**LONG, "rope_type": "longrope"}),
-    "longrope no longer than the original": Model(
-        96, 96, 1e4, {**LONG, "max_position_embeddings": 4096, "type": "longrope"}, max_positions=4096
+    "longrope shorter than the original": Model(
+        96, 96, 1e4, {**LONG, "max_position_embeddings": 2048, "type": "longrope"}, max_positions=2048
     ),
     "Phi-3, su": Model(96, 96, 1e4, {**LONG, "type": "su"}),
     "Phi-3.5-MoE, su with its own factor": Model(96, 96, 1e4, {**LONG, "long_mscale": 1.2433, "type": "su"}),
