@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from math import cos, sin
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.rope_utils import SuScaledRoPE, initialize_rope
+from mlx_models import build, prefill, save
 
 from kvcached.block import RopeSpec
 from kvcached.codec import rope
 from kvcached.errors import UnsupportedRopeError
+from kvcached_mlx import fresh_cache, model_spec
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,30 @@ def test_rotation_is_that_of_mlx_lm(name: str, offset: int) -> None:
     angles[:, first] = angles[:, second] = positions[:, None] * model.theta ** (-2 * np.arange(len(first)) / model.dims)
     tolerance = radii(x, model.spec) * (2e-6 + 1e-6 * angles)
     assert (np.abs(ours - theirs) <= tolerance).all()
+
+
+LLAMAS = {
+    "plain": {},
+    "interleaved": {"rope_traditional": True},
+    "linear": {"rope_scaling": {"factor": 4.0, "type": "linear"}},
+    "llama3": {"rope_scaling": LLAMA3},
+    "yarn": {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 64, "type": "yarn"}},
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_in_the_first_layer_of_a_model_a_token_has_one_key_at_all_positions(name: str, tmp_path: Path) -> None:
+    """From its configuration through its ModelSpec: the rotation that is removed is the one that the model made."""
+    model, config = build("llama", mx.float32, {"rope_theta": 500.0, **LLAMAS[name]})
+    spec = model_spec(model, save(model, config, tmp_path)).layers[0].rope
+    cache = fresh_cache(model)
+    with mx.stream(mx.cpu):
+        prefill(model, cache, [9] * 100)
+    rotated = np.array(cache[0].state[0])[0, :, :100]  # the buffer may be longer
+    positions = np.arange(100, dtype=np.int32)
+    plain, length = rope.remove(rotated, positions, spec), np.linalg.norm(rotated, axis=-1).max()
+    assert np.abs(np.ptp(rotated, axis=1)).max() > 0.5 * length
+    assert np.abs(np.ptp(plain, axis=1)).max() < 1e-4 * length
 
 
 @st.composite
