@@ -162,7 +162,7 @@ def _costs() -> Float64[np.ndarray, "n_scales n_indices"]:
     """Bits of each index of each table, low bits and escaped value included."""
     table = tables()
     bits: Float64[np.ndarray, "n_scales n_indices"] = rans.TABLE_BITS - np.log2(np.maximum(table.frequencies, 1))
-    costs = bits + table.shifts[:, None]
+    costs: Float64[np.ndarray, "n_scales n_indices"] = bits + table.shifts[:, None]
     costs[np.arange(N_SCALES), 2 * table.reaches + 1] += _ESCAPE_BITS
     return costs
 
