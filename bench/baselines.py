@@ -1,17 +1,14 @@
-"""Codecs to compare with: mlx's quantised cache, the KVTC paper's own pipeline, oMLX's PR #418, and our lossless frames.
+"""Codecs to compare with: mlx's quantised cache, oMLX's PR #418, our lossless frames; the paper's is in paper_codec.
 
 All are given what helps them where their sources leave it open, so that what is measured against them holds: bundles,
 bases and codebooks are calibrated beforehand and cost nothing, and nothing pays for headers but our own frames.
 """
 
-import zlib
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import zstandard
 from calibration import Calibration, Features, Moments, features
-from jaxtyping import Float, Float32, Float64, UInt8
 from under_test import N_SINKS, SOURCE_BITS, Coded, Half
 
 from kvcached import codec

@@ -1,7 +1,7 @@
 """What the baselines are calibrated on: moments of keys and values over text that is disjoint from the held-out part.
 
-Features are layers × KV heads × dimensions, side by side, of one token; keys are un-rotated. The covariance over all of
-them holds that of every group of layers, and of every head.
+Features are layers by KV heads by dimensions, side by side, of one token; keys are un-rotated. The covariance over all
+of them holds that of every group of layers, and of every head.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,9 @@ def features(tensor: Float16[np.ndarray, "l h t d"] | Float32[np.ndarray, "l h t
     return tensor.transpose(2, 0, 1, 3).reshape(tensor.shape[2], -1).astype(np.float32)
 
 
-def calibrate(model: ReferenceModel, n_windows: int = N_WINDOWS, n_tokens: int = N_TOKENS, n_threads: int = 2) -> Calibration:
+def calibrate(
+    model: ReferenceModel, n_windows: int = N_WINDOWS, n_tokens: int = N_TOKENS, n_threads: int = 2
+) -> Calibration:
     """Moments over the calibration text, without the sinks of each window."""
     positions = np.arange(n_tokens)
 
@@ -88,7 +90,7 @@ def moments(rows: Features, n_samples: int = N_SAMPLES) -> Moments:
 
 
 def shannon_bits(variances: Float64[np.ndarray, " n"], distortion: float) -> float:
-    """Bits per value that a Gaussian source of these variances needs at a mean squared error (reverse water-filling)."""
+    """Bits per value of a Gaussian source of these variances at a mean squared error, by reverse water-filling."""
     water = _solve(lambda level: float(np.minimum(variances, level).mean()), distortion, float(variances.max()))
     return float(0.5 * np.log2(np.maximum(variances / water, 1)).mean())
 

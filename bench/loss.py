@@ -1,4 +1,4 @@
-"""What a codec costs in quality: next-token KL, perplexity and attention error of text that goes on after a restored prefix.
+"""What a codec costs: next-token KL, perplexity and attention error of text that goes on after a restored prefix.
 
 KL is that of the next-token distribution to the exact cache's, in nats, over the continuation's positions. The relative
 error of attention is ‖o' - o‖ / ‖o‖ of what each layer's attention adds to the residual stream, with the damage of the
@@ -76,7 +76,9 @@ class Loss:
 class HeldOut:
     """Held-out documents with their exact runs."""
 
-    def __init__(self, model: ReferenceModel, n_documents: int, course: Course | None = None, n_threads: int = 2) -> None:
+    def __init__(
+        self, model: ReferenceModel, n_documents: int, course: Course | None = None, n_threads: int = 2
+    ) -> None:
         self.model, self.course, self.n_threads = model, course or Course(), n_threads
         with ThreadPoolExecutor(n_threads) as pool:
             self._documents = list(pool.map(self._exact, windows("heldout", n_documents, self.course.n_tokens + 1)))

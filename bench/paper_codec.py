@@ -1,8 +1,8 @@
-"""The KVTC paper's pipeline (arXiv 2511.01815, section 3): PCA over layers, groups of components in {none, int2, int4, fp8}
-found by a dynamic program over measured errors, and DEFLATE.
+"""The KVTC paper's pipeline: PCA over layers, groups of components as none, int2, int4 or fp8, and DEFLATE.
 
-Each token pays a 16-bit shift and a 16-bit scale for each group, inside the budget. Allocations are exact for every
-budget, on errors measured with calibration text; one calibration serves all ratios.
+arXiv 2511.01815, section 3 and appendix B. Each token pays a 16-bit shift and a 16-bit scale for each group, inside the
+budget. Allocations are exact for every budget, on errors measured with calibration text; one calibration serves all
+ratios.
 
 The paper's letters: p features, r components, CR the budget as a ratio to 16 bits a value.
 """
@@ -182,7 +182,7 @@ class PaperTables:
         self._values = [_Table(calibration.values, slice(start, start + width)) for start in starts]
 
     def codec(self, ratio: float) -> "Paper":
-        """The pipeline at a nominal ratio: 16 bits a value over the budget before DEFLATE, the same for keys and values."""
+        """The pipeline at a nominal ratio: 16 bits over a value's budget before DEFLATE; keys and values alike."""
         keys, values = [t.plane(ratio) for t in self._keys], [t.plane(ratio) for t in self._values]
         return Paper(self.calibration, keys, values)
 

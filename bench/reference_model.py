@@ -125,7 +125,7 @@ def attend(
     values: Float32[np.ndarray, "n_kv_heads n_tokens head_dim"],
 ) -> Float32[np.ndarray, "n_query_heads n_queries head_dim"]:
     """Causal attention; the queries are those of the last tokens."""
-    n_query_heads, n_queries, head_dim = queries.shape
+    _, n_queries, head_dim = queries.shape
     n_kv_heads, n_tokens, _ = keys.shape
     grouped = (queries / np.float32(np.sqrt(head_dim))).reshape(n_kv_heads, -1, n_queries, head_dim)
     output = np.empty_like(grouped)
@@ -175,7 +175,7 @@ def windows(part: str, n_windows: int, n_tokens: int) -> list[Int[np.ndarray, " 
 
 @cache
 def _stream(part: str) -> Int[np.ndarray, " n_tokens"]:
-    texts = [json.loads(line)["text"] for line in (DATA / f"text/{part}.jsonl").open()]
+    texts = [json.loads(line)["text"] for line in (DATA / f"text/{part}.jsonl").read_text().splitlines()]
     documents = [e.ids for e in tokenizer().encode_batch(texts, add_special_tokens=False)]
     documents.sort(key=len, reverse=True)
     return np.concatenate([[*document, EOS] for document in documents])

@@ -152,4 +152,6 @@ def _words() -> list[str]:
 
 @cache
 def _context_weights(n_contexts: int) -> Float64[np.ndarray, "n_resamples n_contexts"]:
-    return np.random.default_rng(1).multinomial(n_contexts, np.full(n_contexts, 1 / n_contexts), N_RESAMPLES).astype(float)
+    return (
+        np.random.default_rng(1).multinomial(n_contexts, np.full(n_contexts, 1 / n_contexts), N_RESAMPLES).astype(float)
+    )

@@ -37,7 +37,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """The course that each document runs, in tokens: stored, in a block, of the stored ones computed anew, and run on top."""
+    """How many tokens are stored, lie in a block, are computed anew (of those stored), and run on top."""
 
     n_prefix: int = 1536
     block_size: int = 256
