@@ -1,4 +1,4 @@
-"""Measures the codecs that ours is compared with, and prints a table: bench/codecs.py [--quick] [--json PATH]."""
+"""Measures the codecs that ours is compared with, and prints a table: bench/compare.py [--quick] [--json PATH]."""
 
 import argparse
 import json
