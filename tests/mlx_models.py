@@ -94,7 +94,7 @@ def build(
     """A model with random weights, and its configuration."""
     mx.random.seed(7)
     module = importlib.import_module(f"mlx_lm.models.{architecture}")
-    config = {"model_type": architecture, **CONFIGS[architecture], **(overrides or {})}
+    config = {"model_type": architecture, **CONFIGS.get(architecture, _SMALL), **(overrides or {})}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
     mx.eval(model.parameters())

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from reference_model import ReferenceModel, windows
 from under_test import Half
 
+pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
+
 MODEL = ReferenceModel()
 
 

@@ -6,6 +6,8 @@ from loss import HeldOut, Loss, interval, resampled, resamples
 from reference_model import ReferenceModel, log_softmax, windows
 from under_test import Coded, Course, Half, keep
 
+pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
+
 COURSE = Course(n_prefix=256, block_size=64, n_recomputed=32, n_continued=128)
 MODEL = ReferenceModel()
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from paper_codec import TYPES, Allocations, Group, PaperTables, code, error_table, quantise
 from reference_model import ReferenceModel, windows
 
+pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
+
 SIZES, GRAIN = (16, 64, 256, 1024), 16
 
 

@@ -11,6 +11,8 @@ from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
 from reference_model import BOS, DATA, REFERENCE_MODEL, ReferenceModel, log_softmax, windows
 
+pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
+
 MODEL = ReferenceModel()
 N_TOKENS = 300
 

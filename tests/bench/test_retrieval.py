@@ -8,6 +8,8 @@ from reference_model import BOS, ReferenceModel, windows
 from retrieval import Probes, Retrieval, table_context
 from under_test import Coded, Course, Half, keep
 
+pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
+
 MODEL = ReferenceModel()
 
 

@@ -195,6 +195,7 @@ def can_run_a_user_manager() -> bool:
     return bool(tools) and os.geteuid() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not can_run_a_user_manager(), reason="needs systemd, unshare and root, to start a user manager in a namespace"
 )

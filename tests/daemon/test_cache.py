@@ -95,7 +95,7 @@ def test_commits_that_fail_at_once_are_answered_once(cache: Cache, caplog: pytes
 def test_a_chain_longer_than_the_stack_is_committed_when_its_first_block_is(
     cache: Cache, held_back: threading.Event, gap: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    n_blocks = 2 * sys.getrecursionlimit()
+    n_blocks = sys.getrecursionlimit() * 5 // 4
     with Client(SPEC) as client:
         blocks = chain(client, range(4 * n_blocks))
     if gap:

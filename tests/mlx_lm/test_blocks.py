@@ -1,5 +1,6 @@
 """Every class of mlx-lm's caches through blocks and back, on the mlx-lm that is installed: exact or refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 from mlx_models import CONFIGS, build, prefill, save
 
+from kvcached.codec import rope
 from kvcached_client import ROOT, Block, LayerKind, ModelSpec, chain_hashes
 from kvcached_mlx import UnsupportedCacheError, fresh_cache, model_spec
 from kvcached_mlx.blocks import from_blocks, to_blocks
@@ -118,6 +120,22 @@ def test_another_file_is_another_model(tmp_path: Path) -> None:
     adapter.mkdir()
     (adapter / "adapters.safetensors").write_bytes(b"lora")
     assert model_spec(model, tmp_path, block_size=BLOCK, adapter_path=adapter).model_id != before.model_id
+
+
+def test_a_theta_that_the_configuration_leaves_out_is_the_models_own(tmp_path: Path) -> None:
+    model, config = build("llama")
+    assert "rope_theta" not in config
+    assert spec_of(model, config, tmp_path).layers[0].rope.theta == 1e4
+
+
+def test_longrope_comes_with_the_lengths_that_it_depends_on(tmp_path: Path) -> None:
+    factors = [1.0, 2.0, 3.0, 4.0]
+    scaling = {"type": "longrope", "short_factor": factors, "long_factor": factors}
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    spec = spec_of(*build("phi3", overrides={"rope_scaling": scaling, "rope_theta": 1e4, **lengths}), tmp_path)
+    assert json.loads(spec.layers[0].rope.scaling_json) == scaling | lengths
+    rows = np.ones((3, 8), np.float32)
+    assert not np.array_equal(rope.apply(rows, np.arange(3, dtype=np.int32), spec.layers[0].rope), rows)
 
 
 def test_a_model_without_weights_has_no_fingerprint(tmp_path: Path) -> None:

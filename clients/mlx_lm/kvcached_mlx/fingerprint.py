@@ -108,9 +108,12 @@ def _rope(config: dict[str, Any], rope: Any) -> RopeSpec:
         return RopeSpec()
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or ({} if parameters.get("rope_type", "default") == "default" else parameters)
+    if scaling.get("rope_type", scaling.get("type")) in ("longrope", "su"):  # which depends on them
+        lengths = ("max_position_embeddings", "original_max_position_embeddings")
+        scaling = {name: config[name] for name in lengths if name in config} | scaling
     return RopeSpec(
         dims=int(getattr(rope, "dims", 0) or getattr(rope, "dim", 0)),
-        theta=float(config.get("rope_theta") or parameters.get("rope_theta") or 0),
+        theta=float(config.get("rope_theta") or parameters.get("rope_theta") or getattr(rope, "base", 0) or 0),
         interleaved=bool(getattr(rope, "traditional", False)),
         scaling_json=json.dumps(scaling, sort_keys=True, separators=(",", ":")) if scaling else "",
     )
