@@ -117,7 +117,7 @@ Description=kvcached, a persistent KV cache for language models
 
 [Service]
 Type=exec
-ExecStart={" ".join(map(_quoted, self.command))}
+ExecStart=:{" ".join(map(_quoted, self.command))}
 Restart=on-failure
 RestartSec={_RESTART_SECONDS}
 TimeoutStopSec={round(self.drain_seconds) + _SPARE_SECONDS}
@@ -154,28 +154,41 @@ def of_this_user(command: tuple[str, ...], drain_seconds: float) -> Agent | Unit
 
 
 def install(service: Agent | Unit) -> bool:
-    """Writes the service's file and starts it, anew if it runs; whether there was none before."""
+    """Writes the service's file and starts it, anew if it runs; whether there was none before.
+
+    What the manager refuses leaves no new file behind.
+    """
     is_new = not service.path.exists()
     service.path.parent.mkdir(parents=True, exist_ok=True)
     service.path.write_text(service.text())
-    service.load()
+    try:
+        service.load()
+    except KvcachedError:
+        if is_new:
+            service.path.unlink()
+        raise
     return is_new
 
 
 def uninstall(service: Agent | Unit) -> bool:
-    """Stops the service and removes its file; whether there was one. The cache stays on disk."""
+    """Stops the service and removes its file; whether there was one. The cache stays on disk.
+
+    The file goes even if the manager refuses, or it would be there for ever.
+    """
     if not service.path.exists():
         return False
-    service.unload()
-    service.path.unlink()
+    try:
+        service.unload()
+    finally:
+        service.path.unlink()
     if isinstance(service, Unit):
         _systemctl("daemon-reload")
     return True
 
 
 def _quoted(argument: str) -> str:
-    """As a word of a command line in a unit, where % and $ mean something."""
-    escaped = argument.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    """As a word of a command line in a unit, where % means something."""
+    escaped = argument.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{escaped}"'
 
 

@@ -65,6 +65,14 @@ def engine(message: pb.Engine) -> pb.Engine:
     _check_namespace(message.namespace)
     if len(message.name.encode()) > MAX_ENGINE_NAME_BYTES:
         raise InvalidRequestError(f"an engine's name has at most {MAX_ENGINE_NAME_BYTES} bytes, got {message.name!r}")
+    for name in ("name", "namespace"):
+        if not getattr(message, name).isprintable():  # it goes to terminals
+            raise InvalidRequestError(f"an engine's {name} must be printable, got {getattr(message, name)!r}")
+    if message.local_tokens + message.restored_tokens > message.prompt_tokens:
+        raise InvalidRequestError(
+            f"of {message.prompt_tokens} prompt tokens, {message.local_tokens} cannot be in memory and "
+            f"{message.restored_tokens} restored"
+        )
     if len(message.model_id) != HASH_BYTES:
         raise InvalidRequestError(f"a model id has {HASH_BYTES} bytes, got {len(message.model_id)}")
     for name in ("prefill_tokens_per_second", "restore_tokens_per_second"):

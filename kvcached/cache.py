@@ -99,12 +99,15 @@ class Cache:
 
     # ---- the three walks
 
-    def match(self, spec: ModelSpec, block_ids: Sequence[BlockId], floor: Floor) -> list[pb.Entry]:
-        """Entries of the leading blocks that are held and good enough."""
+    def match(
+        self, spec: ModelSpec, block_ids: Sequence[BlockId], floor: Floor, *, is_lookup: bool = True
+    ) -> list[pb.Entry]:
+        """Entries of the leading blocks that are held and good enough; counted if it is a lookup."""
         entries = list(takewhile(floor.accepts, self.store.chain(block_ids)))
         self.store.touch(block_ids[: len(entries)])
-        self.metrics.lookup_tokens.inc(len(block_ids) * spec.block_size)
-        self.metrics.lookup_hit_tokens.inc(len(entries) * spec.block_size)
+        if is_lookup:
+            self.metrics.lookup_tokens.inc(len(block_ids) * spec.block_size)
+            self.metrics.lookup_hit_tokens.inc(len(entries) * spec.block_size)
         return entries
 
     def put(self, block_id: BlockId, entry: pb.Entry, block: KVBlock) -> "Future[Stored]":

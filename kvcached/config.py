@@ -25,7 +25,10 @@ _OF_OTHERS = ("KVCACHED_TARGET",)  # kvcachedctl's
 def _expanded(path: Any) -> Path:
     if not str(path):
         raise ValueError("a path must not be empty")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(str(error)) from None
 
 
 PathOfUser = Annotated[Path, BeforeValidator(_expanded)]

@@ -95,11 +95,8 @@ class Daemon:
     def _why_not_ready(self) -> str:
         if not self._is_serving:
             return "the daemon is starting or stopping"
-        try:
-            self.store.missing_bytes(0)
-        except KvcachedError as error:
-            return f"nothing can be stored: {error}"
-        return ""
+        reason = self.store.why_full()
+        return f"nothing can be stored: {reason}" if reason else ""
 
     def start(self) -> None:
         """Listens and serves."""

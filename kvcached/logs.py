@@ -43,11 +43,12 @@ def configure(config: Config) -> None:
 def _handler(config: Config) -> logging.Handler:
     if not config.log_file:
         return logging.StreamHandler(sys.stderr)
-    path = Path(config.log_file).expanduser()
+    path = Path(config.log_file)
     try:
+        path = path.expanduser()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return logging.handlers.RotatingFileHandler(
             path, maxBytes=config.log_file_bytes, backupCount=config.log_file_count, encoding="utf-8"
         )
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InvalidRequestError(f"log_file {path} cannot be written: {error}") from None

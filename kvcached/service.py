@@ -65,7 +65,7 @@ class Service:
     def Match(self, request: pb.MatchRequest, _: Any) -> pb.MatchResponse:  # noqa: N802
         spec = self._cache.model(request.model_id)
         block_ids = border.block_ids(request)
-        entries = self._cache.match(spec, block_ids, _floor(request))
+        entries = self._cache.match(spec, block_ids, _floor(request), is_lookup=not request.before_put)
         log.info("match", request_id=border.printable(request.request_id), asked=len(block_ids), held=len(entries))
         blocks = [
             pb.HeldBlock(

@@ -99,8 +99,9 @@ class Status(Collector):
         now, engines = time.monotonic(), []
         with self._lock:
             for engine, heard in reversed(self._engines.values()):
-                shown = pb.Engine(seconds_since_announced=now - heard)
+                shown = pb.Engine()
                 shown.MergeFrom(engine)
+                shown.seconds_since_announced = now - heard
                 engines.append(shown)
         return engines
 

@@ -33,6 +33,7 @@ PIN_FOREVER = (1 << 63) - 1
 _MIN_SLACK_BYTES = 16 << 20  # of the map above the quota: trees, free list, copies on write
 _AHEAD = 128  # part of the quota that an eviction frees beyond what is needed, so that not every put evicts
 _STEP_BYTES = 256 << 20  # evicted in one transaction at most, or what one block needs
+_SMALL_BYTES = 1 << 20
 _MAX_TOUCHED = 8192  # noted in memory before they are written for their own sake
 
 
@@ -318,6 +319,14 @@ class Store:
                 f"{usage.free_disk_bytes} are free on the disk and {self.free_floor_bytes} of them are kept free"
             )
         return usage.used_bytes + n_bytes + self._split_bytes - budget
+
+    def why_full(self) -> str:
+        """Why nothing can be stored now, not even a small block; empty if it can."""
+        try:
+            self.missing_bytes(min(_SMALL_BYTES, self.quota_bytes // 2))
+        except QuotaExceededError as error:
+            return str(error)
+        return self._writer.refusal
 
     def _budget(self) -> tuple[int, str, Usage]:
         """Bytes that may be in use, what limits them, and what is."""

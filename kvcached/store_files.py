@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lmdb
+import structlog
 from lmdb.verify import VerifyError, verify
 
 from kvcached import layout
 from kvcached.errors import StoreError
 from kvcached.layout import Tables
 
+log = structlog.get_logger()
 _MAX_PROBLEMS_TOLD = 3
 
 
@@ -141,8 +143,11 @@ class StoreFiles:
             ) from None
 
     def mark_clean(self) -> None:
-        """To be called when the environment is closed."""
-        self._clean.write_text(json.dumps(self._signature()))
+        """To be called when the environment is closed. Where that fails, the next start looks closely."""
+        try:
+            self._clean.write_text(json.dumps(self._signature()))
+        except OSError as error:
+            log.warning("the store could not be marked as closed cleanly", store=str(self.store), reason=str(error))
 
     def size(self) -> int:
         """Bytes of the data file; 0 if there is none."""

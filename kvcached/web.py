@@ -7,16 +7,21 @@
 The cache does not depend on it: where the port is taken, the daemon serves without, and says so (see Daemon).
 """
 
+import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+log = structlog.get_logger()
 HOST = "127.0.0.1"
-_CONNECTION_SECONDS = 10.0  # then a silent connection is dropped
+_CONNECTION_SECONDS = 10.0  # then a connection is dropped, whether it is silent or slow
+_MAX_CONNECTIONS = 32  # each is a thread and a file, of which the cache needs some too; more are turned away
 Environ = dict[str, Any]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
@@ -31,7 +36,7 @@ class Web:
         """Raises OSError if the port is taken."""
         self._metrics = make_wsgi_app(registry)
         self._why_not_ready = why_not_ready
-        self._server: WSGIServer = make_server(HOST, port, self._respond, ThreadingWSGIServer, _Handler)
+        self._server: WSGIServer = make_server(HOST, port, self._respond, _Server, _Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
 
     @property
@@ -57,6 +62,38 @@ class Web:
             return _text(start_response, "405 Method Not Allowed", f"GET and HEAD are allowed, got {method}")
         reason = self._why_not_ready() if path == "/readyz" else ""
         return _text(start_response, "503 Service Unavailable" if reason else "200 OK", reason or "ok")
+
+
+class _Server(ThreadingWSGIServer):
+    """Bounded, and quiet: what goes wrong on a connection is its peer's business."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._room = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        hang_up = threading.Timer(_CONNECTION_SECONDS, _hang_up, (request,))
+        hang_up.daemon = True
+        hang_up.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            hang_up.cancel()
+            self._room.release()
+
+    def handle_error(self, _request: Any, client_address: Any) -> None:
+        log.debug("connection failed", peer=str(client_address), exc_info=True)
+
+
+def _hang_up(request: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(WSGIRequestHandler):

@@ -57,6 +57,7 @@ class GroupWriter:
         self._lock = threading.Lock()
         self._closed = False
         self._drained = False
+        self.refusal = ""  # what the disk said to the latest write that it refused, until one succeeds
         self.has_failed = False  # in a way that no disk explains: what is stored is to be doubted
         self._thread = threading.Thread(target=self._loop, name="store-writer", daemon=True)
         self._thread.start()
@@ -143,6 +144,8 @@ class GroupWriter:
                     answers.append(error)
             after_commit = self._before_commit(txn)
         after_commit()
+        if any(operation.n_bytes for operation in group):
+            self.refusal = ""
         return answers
 
     def _translate(self, error: Exception) -> KvcachedError:
@@ -150,7 +153,8 @@ class GroupWriter:
             return error
         if isinstance(error, lmdb.Error | OSError) and not isinstance(error, OF_THE_FILE):
             # A full disk is an I/O error of many kinds, and a full map is what it is; neither is for ever.
-            return QuotaExceededError(f"could not write to {self._env.path()}: {error}")
+            self.refusal = f"could not write to {self._env.path()}: {error}"
+            return QuotaExceededError(self.refusal)
         self.has_failed = True
         log.error("writing failed", path=self._env.path(), exc_info=error)
         return StoreError(f"could not write to {self._env.path()}: {error!r}")

@@ -189,7 +189,7 @@ def test_engines_that_announce_themselves_are_listed_latest_first(daemon: Daemon
     with daemon.client(fresh_spec(), "tenant") as client:
         for pid in range(1, 41):
             assert client.announce(pb.Engine(name=f"engine {pid}", pid=pid, prompt_tokens=10 * pid))
-        assert client.announce(pb.Engine(name="engine 20", pid=20, prompt_tokens=7))
+        assert client.announce(pb.Engine(name="engine 20", pid=20, prompt_tokens=7, seconds_since_announced=1e9))
     engines = daemon.status().engines
     assert [engine.pid for engine in engines] == [20, *range(40, 20, -1), *range(19, 8, -1)]
     assert (engines[0].prompt_tokens, engines[0].namespace, engines[0].model_id) == (7, "tenant", client.model_id)
@@ -203,6 +203,9 @@ def test_engines_that_announce_themselves_are_listed_latest_first(daemon: Daemon
         ({"model_id": b"short"}, "a model id has 32 bytes, got 5"),
         ({"namespace": "x" * 256}, "a namespace has at most 255 bytes"),
         ({"prefill_tokens_per_second": float("nan")}, "prefill_tokens_per_second must be finite and not negative"),
+        ({"name": "x\x1b[31m"}, "an engine's name must be printable"),
+        ({"namespace": "a\nb"}, "an engine's namespace must be printable"),
+        ({"prompt_tokens": 5, "local_tokens": 3, "restored_tokens": 3}, "of 5 prompt tokens, 3 cannot be in memory"),
         ({"restore_tokens_per_second": -1.0}, "restore_tokens_per_second must be finite and not negative, got -1.0"),
     ],
 )

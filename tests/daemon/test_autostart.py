@@ -58,7 +58,7 @@ def test_the_files_in_deploy_are_what_install_writes(service: Agent | Unit, file
 
 def test_paths_with_odd_characters_stay_one_argument_for_systemd() -> None:
     text = Unit((r"/opt/a b/50%/$HOME/\x/"[:-1] + '/"py"', "-m", "kvcached"), 10.0, Path("/home/you")).text()
-    assert r'ExecStart="/opt/a b/50%%/$$HOME/\\x/\"py\"" "-m" "kvcached"' in text
+    assert r'ExecStart=:"/opt/a b/50%%/$HOME/\\x/\"py\"" "-m" "kvcached"' in text
 
 
 @pytest.mark.skipif(
@@ -151,6 +151,20 @@ def test_what_the_manager_refuses_is_told_with_exit_code_1(tmp_path: Path) -> No
     result = ctl(tmp_path, "install", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert result.returncode == 1
     assert "systemctl --user enable kvcached.service failed with exit code 5: told to fail" in result.stderr
+    assert not (tmp_path / ".config/systemd/user/kvcached.service").exists()
+
+
+@linux_only
+def test_what_the_manager_does_not_let_go_is_removed_and_told(tmp_path: Path) -> None:
+    manager, path = FakeManager(tmp_path, "systemctl"), f"{tmp_path}:{os.environ['PATH']}"
+    unit = tmp_path / ".config/systemd/user/kvcached.service"
+    unit.parent.mkdir(parents=True)
+    unit.write_text("[Unit]\n")
+    manager.fails.write_text("--user disable*\n")
+    result = ctl(tmp_path, "uninstall", PATH=path)
+    assert (result.returncode, "told to fail" in result.stderr) == (1, True)
+    assert not unit.exists()
+    assert ctl(tmp_path, "uninstall", PATH=path).returncode == 0
 
 
 @linux_only
@@ -175,7 +189,7 @@ def test_what_is_not_installed_can_be_uninstalled_and_not_started(tmp_path: Path
 def test_print_shows_the_unit_and_writes_nothing(tmp_path: Path) -> None:
     result = ctl(tmp_path, "print")
     assert result.returncode == 0
-    assert f'ExecStart="{sys.executable}" "-m" "kvcached"' in result.stdout
+    assert f'ExecStart=:"{sys.executable}" "-m" "kvcached"' in result.stdout
     assert not (tmp_path / ".config").exists()
 
 

@@ -1,15 +1,17 @@
 """/metrics, /healthz and /readyz of a real daemon, over real HTTP; what they say is what was done."""
 
 import http.client
+import resource
 import shutil
 import socket
 import subprocess
+import sys
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from support import ROOT_DIR, DaemonProcess, chain, damage_frame, hashes_of, put_all, tiny_spec
+from support import ROOT_DIR, DaemonProcess, chain, damage_frame, hashes_of, put_all, tiny_spec, wait_until
 
 from kvcached import __version__
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -125,6 +127,7 @@ def test_corrupt_blocks_are_counted_and_leave(daemon: DaemonProcess, port: int) 
         damage_frame(daemon, block.block_hash)
         daemon.start()
         assert list(client.get([block.block_hash])) == [None]
+        assert wait_until(lambda: daemon.status().store.n_blocks == 0)  # removed behind the answer
         assert list(client.get([block.block_hash])) == [None]
     found = scrape(port)
     assert found["kvcached_corrupt_blocks_total"] == 1
@@ -164,6 +167,44 @@ def test_readyz_says_why_nothing_can_be_stored(daemon: DaemonProcess, port: int)
     assert "nothing can be stored" in text
     assert f"{64 << 40} of them are kept free" in text
     assert get(port, "/healthz")[0] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are set by prlimit, which is Linux's")
+def test_readyz_says_what_the_disk_said_until_a_write_succeeds(daemon: DaemonProcess, port: int) -> None:
+    assert daemon.process
+    size = (daemon.store / "db/data.mdb").stat().st_size
+    with daemon.client(SPEC) as client:
+        client.match([])
+        (block,) = chain(client, TOKENS[:4], ballast=2 << 20)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        assert client.put([block])[0].code == "RESOURCE_EXHAUSTED"
+        status, text, _ = get(port, "/readyz")
+        assert (status, "could not write to" in text) == (503, True)
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
+        assert client.put([block])[0].code == "OK"
+    assert get(port, "/readyz")[0] == 200
+
+
+def test_more_connections_than_there_is_room_for_are_turned_away_and_the_cache_serves(
+    daemon: DaemonProcess, port: int
+) -> None:
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    for connection in connections[32:]:
+        connection.settimeout(5)
+        assert connection.recv(1) == b""
+    assert daemon.status().pid
+    for connection in connections:
+        connection.close()
+    assert wait_until(lambda: answers(port))
+    assert "Traceback" not in daemon.log.read_text()
+
+
+def answers(port: int) -> bool:
+    try:
+        return get(port, "/healthz")[0] == 200
+    except OSError:
+        return False
 
 
 def test_a_port_in_use_costs_the_metrics_only_and_health_says_so(daemon: DaemonProcess) -> None:

@@ -220,3 +220,16 @@ def test_what_was_taken_before_closing_is_sent(
     store.close()
     assert store.counts.sent == 5
     assert another(store, model, daemon.target).restore(TOKENS)[1] == 5 * BLOCK
+
+
+def test_what_the_daemon_has_lost_is_offloaded_again(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess
+) -> None:
+    model, _ = llama
+    cache = offloaded(store, model, TOKENS)
+    assert store.offload(TOKENS, cache) == 0
+    assert store.client.delete(store.client.chain(TOKENS)[2:]) == 3
+    assert store.offload(TOKENS, cache) == 3
+    assert store.flush(timeout=30)
+    assert daemon.status().store.n_blocks == 5
+    assert daemon.status().counters["lookup_tokens_total"] == 0  # nobody looked anything up

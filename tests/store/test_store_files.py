@@ -182,3 +182,18 @@ def test_check_finds_each_kind_of_damage(tmp_path: Path, table: str | None, expe
             cursor.delete()
     assert any(expected in problem for problem in store.check())
     store.close()
+
+
+def test_a_close_on_a_full_disk_loses_nothing_but_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    store = open_store(tmp_path)
+    put(store, (1,), b"kept")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        store.close()
+    assert not (tmp_path / "clean.json").exists()
+    store = open_store(tmp_path)
+    assert held(store, (1,)) == [True]
+    store.close()

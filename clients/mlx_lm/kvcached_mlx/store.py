@@ -69,7 +69,7 @@ class PromptStore:
         self._state = threading.Condition()  # guards what follows, and the counts
         self._waiting_bytes = 0
         self._closed = False
-        self._held: set[bytes] = set()  # blocks that the daemon has, as far as we know: not taken again
+        self._on_their_way: set[bytes] = set()  # blocks that wait to be sent, or were and are not answered
         self._queue: queue.SimpleQueue[list[Block] | None] = queue.SimpleQueue()  # an empty list: only announce
         self._thread = threading.Thread(target=self._send_all, name="kvcached-sender", daemon=True)
         self._thread.start()
@@ -108,8 +108,6 @@ class PromptStore:
         """The blocks to make a cache of; None if there are none, or if they do not pay."""
         start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
         match = self.client.match(hashes, request_id=request_id)
-        with self._state:
-            self._held.difference_update(hashes[len(match.blocks) :])  # what has left there may be offloaded again
         n_blocks = self._usable(match)
         n_held = n_blocks * self.spec.block_size
         if n_held < self._min_tokens or not self.break_even.pays(n_local, n_held):
@@ -126,8 +124,6 @@ class PromptStore:
             return None
         seconds = time.perf_counter() - start
         log.info("restored %d tokens in %.3f s, request %s", n_fetched, seconds, request_id)
-        with self._state:
-            self._held.update(block.block_hash for block in fetched)
         return _Fetched(fetched, seconds)
 
     def _usable(self, match: Match) -> int:
@@ -141,14 +137,15 @@ class PromptStore:
     def offload(self, token_ids: Sequence[int], cache: Sequence[Any]) -> int:
         """Takes the full blocks of a prompt cache that holds exactly `token_ids`; how many were queued.
 
-        Blocks that the daemon is known to have are not taken again.
+        Blocks that the daemon has, or that are on their way, are not taken again.
         """
         if [type(entry) for entry in cache] != self._classes:
             log.warning("prompt cache of %d tokens not offloaded: not of the classes of this model", len(token_ids))
             return 0
         hashes = self.client.chain(token_ids)
+        held = set(self.client.match(hashes, before_put=True).hashes)
         with self._state:
-            held = set(self._held)
+            held |= self._on_their_way
         try:
             taken = blocks.to_blocks(self.spec, token_ids, hashes, cache, wanted=lambda block: block not in held)
         except UnsupportedCacheError as error:
@@ -163,7 +160,7 @@ class PromptStore:
                 log.warning("%d blocks dropped: %s", len(taken), reason)
                 return 0
             self._waiting_bytes += n_bytes
-            self._held.update(block.block_hash for block in taken)  # as good as held: not taken twice
+            self._on_their_way.update(block.block_hash for block in taken)
             self._queue.put(taken)
         return len(taken)
 
@@ -183,7 +180,11 @@ class PromptStore:
         """Sends what waits, and stops: from now on everything is dropped, and a miss."""
         with self._state:
             self._closed = True
-        self.flush(timeout)
+        if not self.flush(timeout):
+            with self._state:
+                self.counts.dropped += len(self._on_their_way)
+                log.warning("%d blocks dropped: nobody answered in time", len(self._on_their_way))
+            return  # the thread is a daemon's: it ends with the process
         self._queue.put(None)
         self._thread.join(timeout)
 
@@ -198,18 +199,19 @@ class PromptStore:
                 log.exception("sending failed")  # the thread must live: inference knows nothing of it
             finally:
                 with self._state:
+                    self._on_their_way.difference_update(block.block_hash for block in taken)
                     self._waiting_bytes -= _n_bytes(taken)
                     self._state.notify_all()
 
     def _send(self, taken: list[Block]) -> None:
-        results = self.client.put(taken)
+        request_id = uuid.uuid4().hex[:16]
+        results = self.client.put(taken, request_id=request_id)
         answered = [result for result in results if result.code == "OK"]
         with self._state:
             self.counts.sent += len(answered)
             self.counts.held += sum(result.outcome == pb.OUTCOME_ALREADY_HELD for result in answered)
             self.counts.refused += len(results) - len(answered)
-            if len(answered) < len(results):
-                self._held.clear()  # perhaps a parent that we thought held has left
+        log.info("offloaded %d of %d blocks, request %s", len(answered), len(results), request_id)
         for result in results:
             if result.code != "OK":
                 log.warning("block %s refused: %s %s", result.block_hash.hex()[:16], result.code, result.message)

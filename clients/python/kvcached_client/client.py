@@ -100,8 +100,12 @@ class Client:
         floor: FidelityKind = FidelityKind.EXACT,
         accepts_compacted: bool = False,
         request_id: str = "",
+        before_put: bool = False,
     ) -> Match:
-        """How many leading blocks of a chain are held. An empty Match if none are, or nobody answers."""
+        """How many leading blocks of a chain are held. An empty Match if none are, or nobody answers.
+
+        before_put: asked to learn what need not be put, and not counted as a lookup.
+        """
         request = pb.MatchRequest(
             model_id=self.model_id,
             namespace=self.namespace,
@@ -109,6 +113,7 @@ class Client:
             floor=kind_to_proto(floor),
             accepts_compacted=accepts_compacted,
             request_id=_printable(request_id),
+            before_put=before_put,
         )
         response = self._ask("Match", request)
         if response is None:

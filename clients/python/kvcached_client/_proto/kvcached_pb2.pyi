@@ -223,20 +223,22 @@ class GetRequest(_message.Message):
     def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id")
+    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "before_put")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_COMPACTED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_PUT_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
     floor: FidelityKind
     accepts_compacted: bool
     request_id: str
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    before_put: bool
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., before_put: bool = ...) -> None: ...
 
 class MatchResponse(_message.Message):
     __slots__ = ("blocks",)
