@@ -134,9 +134,13 @@ def test_a_chain_with_a_gap_is_refused_behind_it(client: Client) -> None:
     assert is_held(client, *blocks) == [True, False, False, False]
 
 
-def test_children_before_parents_are_refused(client: Client) -> None:
+def test_a_child_is_refused_until_its_parent_is_put(client: Client) -> None:
     first, second = fresh_chain(client, 2)
-    assert [r.code for r in client.put([second, first])] == ["FAILED_PRECONDITION", "OK"]
+    assert [[r.code for r in client.put([block])] for block in (second, first, second)] == [
+        ["FAILED_PRECONDITION"],
+        ["OK"],
+        ["OK"],
+    ]
 
 
 def test_a_position_that_does_not_follow_is_refused(client: Client) -> None:
