@@ -21,8 +21,9 @@ setup: .venv/ready
 	touch $@
 
 # Style, types, import contracts and the quick tests. `make test` runs the slow ones too, on both versions of mlx-lm.
+# With TESTS_FOLLOW=1 it leaves the tests out, for whoever runs `make test` next anyway, as CI does.
 check: lint
-	$(BIN)/pytest -m 'not slow'
+	$(if $(TESTS_FOLLOW),,$(BIN)/pytest -m 'not slow')
 
 lint: setup
 	$(BIN)/ruff format --check .
