@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, Float32, Float64
 from reference_model import ReferenceModel, windows
-from under_test import N_SINKS
+from under_test import N_SINKS, SOURCE_BITS, Coded, Half
 
 N_WINDOWS, N_TOKENS = 16, 2048  # 33k tokens
 N_SAMPLES = 512  # rows kept for allocations that are measured and not derived
@@ -53,6 +53,28 @@ class Calibration:
         """Inverse of `key_features`, to float32's rounding and then the engine's dtype."""
         keys = self.values_of(rows)
         return self.model.rotate(keys, first_position + np.arange(len(rows))).astype(np.float16)
+
+    def code(
+        self,
+        keys: Half,
+        values: Half,
+        first_position: int,
+        code_keys: Callable[[Features], int],
+        code_values: Callable[[Features], int],
+    ) -> Coded:
+        """A block whose rows go through coders, which change them in place and return their bytes.
+
+        Sinks (absolute positions 0 to 3) stay exact at 16 bits.
+        """
+        n_tokens = keys.shape[2]
+        n_sinks = max(0, min(N_SINKS - first_position, n_tokens))
+        key_rows, value_rows = self.key_features(keys, first_position), features(values)
+        bits = 8.0 * (code_keys(key_rows[n_sinks:]) + code_values(value_rows[n_sinks:]))
+        back_keys, back_values = self.keys_of(key_rows, first_position), self.values_of(value_rows).astype(np.float16)
+        back_keys[:, :, :n_sinks], back_values[:, :, :n_sinks] = keys[:, :, :n_sinks], values[:, :, :n_sinks]
+        per_token = (keys.size + values.size) // n_tokens
+        exempt = SOURCE_BITS * per_token * n_sinks
+        return Coded(back_keys, back_values, bits + exempt, bits, per_token * (n_tokens - n_sinks))
 
     def values_of(self, rows: Features) -> Float32[np.ndarray, "l h t d"]:
         """Inverse of `features`."""

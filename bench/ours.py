@@ -7,11 +7,12 @@ more than one in a value.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from calibration import Calibration, Features, Moments, features
+from calibration import Calibration, Features, Moments
 from jaxtyping import UInt8
-from under_test import N_SINKS, SOURCE_BITS, Coded, Half
+from under_test import Coded, Half
 
 from kvcached.codec import entropy, klt, quantize
 
@@ -55,17 +56,9 @@ class Ours:
     step: float
 
     def __call__(self, keys: Half, values: Half, first_position: int) -> Coded:
-        n_tokens = keys.shape[2]
-        n_sinks = max(0, min(N_SINKS - first_position, n_tokens))
-        key_rows, value_rows = self.calibration.key_features(keys, first_position), features(values)
-        n_bytes = _code_rows(key_rows[n_sinks:], self.keys, self.step * KEY_STEP)
-        n_bytes += _code_rows(value_rows[n_sinks:], self.values, self.step)
-        back_keys = self.calibration.keys_of(key_rows, first_position)
-        back_values = self.calibration.values_of(value_rows).astype(np.float16)
-        back_keys[:, :, :n_sinks], back_values[:, :, :n_sinks] = keys[:, :, :n_sinks], values[:, :, :n_sinks]
-        per_token = (keys.size + values.size) // n_tokens
-        exempt = SOURCE_BITS * per_token * n_sinks
-        return Coded(back_keys, back_values, 8.0 * n_bytes + exempt, 8.0 * n_bytes, per_token * (n_tokens - n_sinks))
+        code_keys = partial(_code_rows, self.keys, self.step * KEY_STEP)
+        code_values = partial(_code_rows, self.values, self.step)
+        return self.calibration.code(keys, values, first_position, code_keys, code_values)
 
 
 def _basis(statistics: Moments, where: slice) -> klt.Basis:
@@ -83,7 +76,7 @@ def _symbols(rows: Features, basis: klt.Basis, step: float) -> np.ndarray:
     return quantize.quantize(coefficients, np.full(coefficients.shape[1], step, np.float32))
 
 
-def _code_rows(rows: Features, planes: list[_Plane], step: float) -> int:
+def _code_rows(planes: list[_Plane], step: float, rows: Features) -> int:
     """Codes rows in place, through the bytes; how many there were."""
     n_bytes = 0
     for plane in planes:

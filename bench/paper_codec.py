@@ -10,14 +10,15 @@ The paper's letters: p features, r components, CR the budget as a ratio to 16 bi
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from calibration import Calibration, Features, Moments, features
+from calibration import Calibration, Features, Moments
 from jaxtyping import Float16, Float32, Float64
 from numpy.lib.stride_tricks import sliding_window_view
-from under_test import N_SINKS, SOURCE_BITS, Coded, Half
+from under_test import SOURCE_BITS, Coded, Half
 
 GROUP_SIZES = (1, 16, 64, 256, 1024)
 TYPES = ("none", "int2", "int4", "fp8")
@@ -210,20 +211,11 @@ class Paper:
     values: list[_Plane]
 
     def __call__(self, keys: Half, values: Half, first_position: int) -> Coded:
-        n_tokens = keys.shape[2]
-        n_sinks = max(0, min(N_SINKS - first_position, n_tokens))
-        key_rows, value_rows = self.calibration.key_features(keys, first_position), features(values)
-        n_bytes = _code_rows(key_rows[n_sinks:], self.keys) + _code_rows(value_rows[n_sinks:], self.values)
-        back_keys = self.calibration.keys_of(key_rows, first_position)
-        back_values = self.calibration.values_of(value_rows).astype(np.float16)
-        back_keys[:, :, :n_sinks], back_values[:, :, :n_sinks] = keys[:, :, :n_sinks], values[:, :, :n_sinks]
-        per_token = (keys.size + values.size) // n_tokens
-        bits = 8.0 * n_bytes
-        exempt = SOURCE_BITS * per_token * n_sinks
-        return Coded(back_keys, back_values, bits + exempt, bits, per_token * (n_tokens - n_sinks))
+        code_keys, code_values = partial(_code_rows, self.keys), partial(_code_rows, self.values)
+        return self.calibration.code(keys, values, first_position, code_keys, code_values)
 
 
-def _code_rows(rows: Features, planes: list[_Plane]) -> int:
+def _code_rows(planes: list[_Plane], rows: Features) -> int:
     """Codes rows in place; the bytes."""
     n_bytes = 0
     for plane in planes:

@@ -83,23 +83,25 @@ class Store:
 
     def _open(self) -> tuple[lmdb.Environment, Tables]:
         """Opens what is there if it is sound and ours; else moves it aside and starts empty."""
-        is_trusted = self._files.is_trusted()
         try:
-            if not is_trusted:
-                self._files.verify()
-            env, tables = self._files.open(self._needed_map_bytes())
-            try:
-                with env.begin(buffers=True) as txn:
-                    problems = [] if is_trusted else audit(txn, tables)
-                if problems:
-                    raise UnsoundError(problems)
-            except UnsoundError:
-                env.close()
-                raise
-            return env, tables
+            return self._open_sound()
         except UnsoundError as error:
             self._files.set_aside(str(error))
             return self._files.open(self._needed_map_bytes())
+
+    def _open_sound(self) -> tuple[lmdb.Environment, Tables]:
+        """Opens what is there. Raises UnsoundError if that must not be used."""
+        is_trusted = self._files.is_trusted()  # asked first: to open it is to change it
+        if not is_trusted:
+            self._files.verify()
+        env, tables = self._files.open(self._needed_map_bytes())
+        if not is_trusted:
+            with env.begin(buffers=True) as txn:
+                problems = audit(txn, tables)
+            if problems:
+                env.close()
+                raise UnsoundError(problems)
+        return env, tables
 
     def _needed_map_bytes(self) -> int:
         """A map for the quota, and for a file that was made under a larger one: files never shrink."""
@@ -172,7 +174,7 @@ class Store:
         disk = os.statvfs(self._files.db)
         with self._env.begin() as txn:
             used_bytes = self._tables.used_bytes(txn, self._page_bytes)
-        return Usage(used_bytes, self._files.data.stat().st_size, disk.f_bavail * disk.f_frsize)
+        return Usage(used_bytes, self._files.size(), disk.f_bavail * disk.f_frsize)
 
     def departures(self) -> list[pb.Departure]:
         """What left lately, in no order."""

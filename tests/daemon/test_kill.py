@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import DaemonProcess, chain, same_tensors, tiny_spec
 
-from kvcached_client import Block, Connection
+from kvcached_client import Block
 from kvcached_client._proto import kvcached_pb2 as pb
 
 SPEC = tiny_spec(n_layers=4, block_size=16)
@@ -57,14 +57,7 @@ def test_no_acknowledged_block_is_lost_or_wrong_in_20_rounds_of_kill_9(run_dir: 
         while len(acknowledged) == n_before:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
-        daemon.kill()
-        load.stop()
-        daemon.start()
-        with Connection(daemon.target) as connection:
-            report = connection.call("Check", pb.CheckRequest(frames=True), timeout=60)
-        assert list(report.problems) == []
-        assert report.n_frames_decoded >= len(acknowledged)
-        assert list(daemon.status().store.set_aside) == []
+        assert kill_and_check(daemon, load) >= len(acknowledged)
         assert lost_or_wrong(daemon, acknowledged) == []
     daemon.stop()
 
@@ -81,19 +74,25 @@ def test_what_is_left_after_kill_9_amid_evictions_is_sound_and_right(run_dir: Pa
         while daemon.status().counters['evicted_blocks_total{reason="quota"}'] == 0:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
-        daemon.kill()
-        load.stop()
-        daemon.start()
-        with Connection(daemon.target) as connection:
-            report = connection.call("Check", pb.CheckRequest(frames=True), timeout=60)
-        assert list(report.problems) == []
-        assert list(daemon.status().store.set_aside) == []
+        kill_and_check(daemon, load)
         with daemon.client(SPEC) as client:
             found = dict(zip(acknowledged, client.get(list(acknowledged)), strict=True))
         held = [hash_ for hash_, again in found.items() if again is not None]
         assert held
         assert all(same_tensors(dict(acknowledged[h].tensors), dict(found[h].tensors)) for h in held)
     daemon.stop()
+
+
+def kill_and_check(daemon: DaemonProcess, load: Load) -> int:
+    """Kills a daemon under load, and starts it on a store that must be sound; how many frames it then decoded."""
+    daemon.kill()
+    load.stop()
+    daemon.start()
+    report = daemon.call("Check", pb.CheckRequest(frames=True), timeout=60)
+    assert list(report.problems) == []
+    assert list(daemon.status().store.set_aside) == []
+    n_decoded: int = report.n_frames_decoded
+    return n_decoded
 
 
 def lost_or_wrong(daemon: DaemonProcess, acknowledged: dict[bytes, Block]) -> list[str]:
