@@ -8,15 +8,17 @@ Intervals come from a bootstrap in two stages, documents and then stretches of 6
 resampled alike, so differences and ratios of two codecs are paired.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice, product
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int
-from reference_model import Cache, ReferenceModel, log_softmax, windows
-from under_test import Codec, Coded, Course, keep
+from reference_model import Cache, ReferenceModel, Rows, log_softmax, windows
+from under_test import Codec, Coded, Course, Half, keep
 
 STRETCH = 64  # positions that are resampled together: neighbours are not independent
 N_RESAMPLES = 1000
@@ -52,6 +54,7 @@ class Loss:
     exact_surprise: Stretches
     attention_errors: Float64[np.ndarray, "n_documents n_layers"]  # squared
     attention_norms: Float64[np.ndarray, "n_documents n_layers"]  # squared
+    squared_errors: Float64[np.ndarray, "n_documents 2"]  # mean over the prefix's keys, and its values
     bits: float
     n_values: int
     paper_bits: float
@@ -61,9 +64,9 @@ class Loss:
         return interval(self.kl.mean(), resampled(self.kl))
 
     def perplexity_delta(self) -> Interval:
-        """Per cent by which perplexity is above the exact cache's."""
+        """By which part of it perplexity is above the exact cache's: 0.01 is 1 %."""
         difference = self.surprise - self.exact_surprise
-        return interval(_per_cent(difference.mean()), _per_cent(resampled(difference)))
+        return interval(np.expm1(difference.mean()), np.expm1(resampled(difference)))
 
     def attention_error(self) -> tuple[Interval, Interval]:
         """Relative error: mean over layers, and that of the worst layer."""
@@ -97,6 +100,14 @@ class HeldOut:
             paper_values=sum(block.paper_values for block in coded),
         )
 
+    def blocks(self, n_blocks: int) -> Iterator[tuple[Half, Half, int]]:
+        """Keys, values and first position of the first blocks of the documents' prefixes."""
+        size = self.course.block_size
+        starts = range(0, self.course.n_prefix, size)
+        for document, start in islice(product(self._documents, starts), n_blocks):
+            keys, values = (x[:, :, start : start + size] for x in (document.prefix.keys, document.prefix.values))
+            yield keys.astype(np.float16), values.astype(np.float16), start
+
     def _exact(self, token_ids: Int[np.ndarray, " n_tokens"]) -> _Exact:
         course = self.course
         prefix = self.model.run(token_ids[: course.n_prefix]).added.rounded()
@@ -113,7 +124,8 @@ class HeldOut:
         targets = (np.arange(n), exact.token_ids[-n:])
         errors = ((trace.attention[:, -n:] - exact.attention) ** 2).sum((1, 2), dtype=np.float64)
         norms = (exact.attention**2).sum((1, 2), dtype=np.float64)
-        return (_stretches(kl), _stretches(-q[targets]), _stretches(-p[targets]), errors, norms), blocks
+        lost = np.array([_mean_square(blocks, getattr(exact.prefix, side), side) for side in ("keys", "values")])
+        return (_stretches(kl), _stretches(-q[targets]), _stretches(-p[targets]), errors, norms, lost), blocks
 
 
 @cache
@@ -140,5 +152,7 @@ def _stretches(figure: np.ndarray) -> np.ndarray:
     return figure.astype(np.float64).reshape(-1, min(STRETCH, len(figure))).mean(1)
 
 
-def _per_cent(log_ratio: np.ndarray) -> np.ndarray:
-    return 100 * np.expm1(log_ratio)
+def _mean_square(blocks: list[Coded], exact: Rows, name: str) -> float:
+    """Mean squared error of the keys or values of a prefix; rotary positions do not change it."""
+    back = np.concatenate([getattr(block, name) for block in blocks], axis=2).astype(np.float32)
+    return float(np.square(back - exact).mean(dtype=np.float64))

@@ -1,8 +1,8 @@
 """One row of the codec bench for each codec, and bytes at equal loss between a codec and another one's rate sweep.
 
 bench = Bench(n_documents=6, n_probes=500)
-row = measure("int4", Affine(4), bench)
-sweep = [measure(str(c), c, bench, probe=False) for c in int_family()]
+row = bench.measure("int4", Affine(4))
+sweep = [bench.measure(str(c), c, probe=False) for c in int_family()]
 bytes_at_equal_kl(row, sweep)     ours over theirs, with its interval
 """
 
@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 from baselines import Affine, Pr418
-from calibration import Calibration
+from calibration import Calibration, calibrate, shannon_bits
 from loss import HeldOut, Interval, Loss, interval, resampled
 from paper_codec import Paper, PaperTables
 from reference_model import ReferenceModel
 from retrieval import Probes
 from under_test import SOURCE_BITS, Codec
 
-PAPER_RATIOS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PAPER_COMPRESSIONS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PR418_COMPONENTS = (64, 48, 32, 24, 16, 8, 4)
 INT_BITS, INT_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64)
+N_TIMED_BLOCKS = 24
 _NO_LOSS = 1e-12  # in place of a KL of 0, which has no logarithm
 
 
@@ -29,57 +30,81 @@ class Bench:
     """The reference model with its held-out documents and probes; exact runs are made once."""
 
     def __init__(self, n_documents: int = 24, n_probes: int = 2000) -> None:
-        self.model = ReferenceModel()
+        self.model, self.n_documents = ReferenceModel(), n_documents
+        self.calibration = calibrate(self.model)
         self.held_out = HeldOut(self.model, n_documents)
         self.probes = Probes(self.model, n_probes)
+        self._spectra = [self.calibration.keys.basis(slice(None))[1], self.calibration.values.basis(slice(None))[1]]
+
+    def measure(self, name: str, codec: Codec, *, probe: bool = True) -> "Row":
+        """Runs all documents, and all probes unless told otherwise, through a codec."""
+        loss = self.held_out.loss(codec)
+        mean, worst = loss.attention_error()
+        figures = {
+            "kl": loss.mean_kl(),
+            "perplexity_delta": loss.perplexity_delta(),
+            "attention_error_mean": mean,
+            "attention_error_worst": worst,
+        }
+        if probe:
+            found = self.probes.retrieval(codec)
+            figures |= {"retrieval": found.accuracy(), "retrieval_delta": found.delta()}
+        encode, decode = self._speeds(codec) if probe else (None, None)
+        return Row(
+            name=name,
+            bits_per_value=loss.bits / loss.n_values,
+            compression=SOURCE_BITS * loss.n_values / loss.bits,
+            compression_paper_counting=SOURCE_BITS * loss.paper_values / loss.paper_bits,
+            shannon_bits_per_value=self._shannon(loss),
+            encode_mb_s=encode,
+            decode_mb_s=decode,
+            intervals={figure: (measured.low, measured.high) for figure, measured in figures.items()},
+            loss=loss,
+            **{figure: measured.value for figure, measured in figures.items()},
+        )
+
+    def _shannon(self, loss: Loss) -> float | None:
+        """Bits that a Gaussian of the calibration text's spectra, all layers together, needs for the same error."""
+        lost = loss.squared_errors.mean(0)
+        if not lost.all():
+            return None
+        return float(np.mean([shannon_bits(spectrum, d) for spectrum, d in zip(self._spectra, lost, strict=True)]))
+
+    def _speeds(self, codec: Codec) -> tuple[float | None, float | None]:
+        """MB of source a second, to encode and to decode, on one core: medians over blocks that come one at a time."""
+        seconds = []
+        for keys, values, first_position in self.held_out.blocks(N_TIMED_BLOCKS):
+            coded = codec(keys, values, first_position)
+            if coded.seconds is None:
+                return None, None
+            seconds.append([(keys.nbytes + values.nbytes) / 1e6 / s for s in coded.seconds])
+        encode, decode = np.median(seconds, axis=0).tolist()
+        return encode, decode
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured of a codec. Per cent, points and nats; intervals by the name of their field."""
+    """What was measured of a codec; intervals by the name of their field. None: not measured, or without meaning."""
 
     name: str
     bits_per_value: float  # every stored byte but the calibration
     compression: float
     compression_paper_counting: float
-    perplexity_delta: float  # per cent
+    perplexity_delta: float  # part of the exact cache's: 0.01 is 1 %
     kl: float  # nats a token
     attention_error_mean: float
     attention_error_worst: float
-    retrieval: float | None  # share of probes answered
-    retrieval_delta: float | None  # points above the exact cache
+    shannon_bits_per_value: float | None  # at the same squared error of keys and of values
+    encode_mb_s: float | None
+    decode_mb_s: float | None
     intervals: dict[str, tuple[float, float]]
     loss: Loss = field(repr=False, compare=False)
+    retrieval: float | None = None  # part of the probes answered
+    retrieval_delta: float | None = None  # above the exact cache's
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the stretches that it was computed from."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "loss"}
-
-
-def measure(name: str, codec: Codec, bench: Bench, *, probe: bool = True) -> Row:
-    """Runs all of the bench's documents, and its probes unless told otherwise, through a codec."""
-    loss = bench.held_out.loss(codec)
-    mean, worst = loss.attention_error()
-    figures = {
-        "kl": loss.mean_kl(),
-        "perplexity_delta": loss.perplexity_delta(),
-        "attention_error_mean": mean,
-        "attention_error_worst": worst,
-    }
-    if probe:
-        found = bench.probes.retrieval(codec)
-        figures |= {"retrieval": found.accuracy(), "retrieval_delta": found.delta()}
-    values: dict[str, Any] = {"retrieval": None, "retrieval_delta": None}
-    values |= {figure: measured.value for figure, measured in figures.items()}
-    return Row(
-        name=name,
-        bits_per_value=loss.bits / loss.n_values,
-        compression=SOURCE_BITS * loss.n_values / loss.bits,
-        compression_paper_counting=SOURCE_BITS * loss.paper_values / loss.paper_bits,
-        intervals={figure: (measured.low, measured.high) for figure, measured in figures.items()},
-        loss=loss,
-        **values,
-    )
 
 
 def bytes_at_equal_kl(ours: Row, theirs: Sequence[Row]) -> Interval:
@@ -105,10 +130,12 @@ def int_family() -> list[Affine]:
     return [Affine(bits, group_size) for group_size in INT_GROUPS for bits in INT_BITS]
 
 
-def paper_family(calibration: Calibration, layers_per_group: int) -> list[Paper]:
-    """The paper's pipeline at many ratios."""
+def paper_family(
+    calibration: Calibration, layers_per_group: int, compressions: Sequence[float] = PAPER_COMPRESSIONS
+) -> list[Paper]:
+    """The paper's pipeline at many compressions, as it counts them."""
     tables = PaperTables(calibration, layers_per_group)
-    return [tables.codec(ratio) for ratio in PAPER_RATIOS]
+    return [tables.codec(compression) for compression in compressions]
 
 
 def pr418_family(calibration: Calibration) -> list[Pr418]:

@@ -45,9 +45,8 @@ class Retrieval:
         return self._interval(self.right)
 
     def delta(self) -> Interval:
-        """Points by which accuracy is above the exact cache's; paired, contexts resampled."""
-        pairs = zip(self.right, self.exact, strict=True)
-        return Interval(*(100 * x for x in self._interval([r.astype(int) - e for r, e in pairs])))
+        """By how much accuracy is above the exact cache's (0.01: one point); paired, contexts resampled."""
+        return self._interval([r.astype(int) - e for r, e in zip(self.right, self.exact, strict=True)])
 
     def _interval(self, answers: list[np.ndarray]) -> Interval:
         sums = np.array([[a.sum(), a.size] for a in answers], float)

@@ -1,4 +1,4 @@
-"""Puts the latest results into the README, between its markers; a test proves that they are there unchanged."""
+"""Puts the latest results into the documents, between their markers; a test proves that they are there unchanged."""
 
 import json
 import re
@@ -8,7 +8,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/quality.md")
+_PROFILES = ("near-lossless", "x8", "x16", "x32")
+_OTHERS = {
+    "paper": "the KVTC paper's pipeline, same layer groups",
+    "pr418": "oMLX's PR #418",
+    "one_layer": "ours, one layer a basis",
+    "unweighted": "ours, without the metric",
+    "int4": "mlx's quantised cache, best of all widths",
+}
 
 
 def demo_table(demo: dict[str, Any]) -> str:
@@ -81,16 +89,100 @@ def server_table(server: dict[str, Any]) -> str:
     return _markdown([f"{server['turns']} turns after a restart", "mlx_lm.server", "with kvcached", "ratio"], rows)
 
 
+def profiles_table(quality: dict[str, Any]) -> str:
+    """Our profiles, for the README."""
+    header = ["profile", "compression", "KL, nats a token", "perplexity", "retrieval, points"]
+    rows = [row for row in quality["rows"] if row["name"] in _PROFILES]
+    return _markdown(header, [[row["name"], f"{row['compression']:.1f}x", *_losses(row)] for row in rows])
+
+
+def rows_table(quality: dict[str, Any]) -> str:
+    """All codecs, each at one setting."""
+    header = ["codec", "bits a value", "compression", "as the paper counts", "KL, nats a token", "perplexity"]
+    header += ["retrieval, points", "attention error, mean / worst", "Shannon bits", "MB/s in / out"]
+    rows = []
+    for row in quality["rows"]:
+        shannon, speed = row["shannon_bits_per_value"], (row["encode_mb_s"], row["decode_mb_s"])
+        rows.append(
+            [
+                row["name"],
+                f"{row['bits_per_value']:.2f}",
+                f"{row['compression']:.1f}x",
+                f"{row['compression_paper_counting']:.1f}x",
+                *_losses(row),
+                f"{row['attention_error_mean']:.3f} / {row['attention_error_worst']:.3f}",
+                "" if shannon is None else f"{shannon:.2f}",
+                "" if None in speed else f"{speed[0]:.0f} / {speed[1]:.0f}",
+            ]
+        )
+    return _markdown(header, rows)
+
+
+def _losses(row: dict[str, Any]) -> list[str]:
+    """KL, perplexity and retrieval with their intervals."""
+    (kl_low, kl_high), ppl, found = (row["intervals"][n] for n in ("kl", "perplexity_delta", "retrieval_delta"))
+    return [
+        f"{row['kl']:.1e} ({kl_low:.1e} to {kl_high:.1e})" if row["kl"] else "0",
+        f"{100 * row['perplexity_delta']:+.2f} % ({100 * ppl[0]:+.2f} to {100 * ppl[1]:+.2f})",
+        f"{100 * row['retrieval_delta']:+.2f} ({100 * found[0]:+.2f} to {100 * found[1]:+.2f})",
+    ]
+
+
+def equal_table(quality: dict[str, Any]) -> str:
+    """Our bytes over those of others at the KL of our profile."""
+    rows = []
+    for name, others in quality["bytes_at_equal_kl"].items():
+        bounds = quality["bytes_at_equal_kl_intervals"][name]
+        cells = [f"{others[o]:.2f} ({bounds[o][0]:.2f} to {bounds[o][1]:.2f})" if o in others else "" for o in _OTHERS]
+        rows.append([name, *cells])
+    return _markdown(["at the KL of", *_OTHERS.values()], rows)
+
+
+def speed_table(quality: dict[str, Any]) -> str:
+    """What the coder costs beside what it must do."""
+    rows = [
+        ["entropy sections over each component's empirical entropy, worst of x8 and x16", "entropy_overhead"],
+        ["decode of a 7B-shaped block over its bare GEMMs, one core", "decode_over_gemm"],
+        ["encode of the same over its bare GEMMs", "encode_over_gemm"],
+    ]
+    shown = {"entropy_overhead": "{:+.1%}", "decode_over_gemm": "{:.2f}", "encode_over_gemm": "{:.2f}"}
+    return _markdown(["", "measured"], [[what, shown[key].format(quality[key])] for what, key in rows])
+
+
+def calibration_table(cost: dict[str, Any]) -> str:
+    """What calibrating a 7B-shaped model takes beside running it."""
+    groups, gib = cost["n_groups"], 1 << 30
+    added = cost["add_seconds_per_1000_tokens"] * cost["fit_tokens"] / 1000
+    rows = [
+        ["moments and sensitivity", f"{added:.0f} s", f"{groups * added / 60:.1f} min"],
+        ["fit of four profiles", f"{cost['fit_seconds']:.0f} s", f"{groups * cost['fit_seconds'] / 60:.1f} min"],
+        ["memory at the peak", f"{cost['peak_bytes'] / gib:.1f} GiB", f"{cost['total_peak_bytes'] / gib:.1f} GiB"],
+        [
+            "the bundle's file",
+            f"{cost['bundle_bytes'] / gib:.2f} GiB",
+            f"{groups * cost['bundle_bytes'] / gib:.2f} GiB",
+        ],
+    ]
+    return _markdown([f"{cost['fit_tokens']:,} tokens", "7 layers, measured", f"{groups} such groups, reckoned"], rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "bench": ("first_light.json", bench_table),
     "server": ("server.json", server_table),
+    "profiles": ("codec.json", profiles_table),
+    "rows": ("codec.json", rows_table),
+    "equal": ("codec.json", equal_table),
+    "speed": ("codec.json", speed_table),
+    "calibration": ("calibration.json", calibration_table),
 }
 
 
 def filled(text: str) -> str:
-    """The README with the tables of the latest results."""
+    """A document with the tables of the latest results, where it has markers for them."""
     for name, (file, table) in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         content = table(json.loads((RESULTS / file).read_text()))
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda found, content=content: found[1] + content + found[2], text)  # type: ignore[misc]
@@ -103,4 +195,5 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))

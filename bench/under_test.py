@@ -26,6 +26,7 @@ class Coded:
     bits: float  # everything that is stored for the block, but no calibration
     paper_bits: float  # as the KVTC paper counts: the payload of the coded tokens; no sinks, window or headers
     paper_values: int  # the keys' and values' numbers that `paper_bits` stand for
+    seconds: tuple[float, float] | None = None  # to encode and to decode, where these are two steps
 
 
 class Codec(Protocol):

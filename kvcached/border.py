@@ -4,20 +4,28 @@ Every message names what was expected and what came.
 """
 
 import hashlib
-from math import inf
+from collections.abc import Mapping
+from math import inf, prod
+
+import numpy as np
 
 from kvcached.block import BlockId, Fidelity, FidelityKind, ModelSpec
-from kvcached.errors import InvalidRequestError
+from kvcached.codec.bundle import PROFILES
+from kvcached.errors import InvalidRequestError, PreconditionError
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import HASH_BYTES, block_hash, token_bytes
 from kvcached_client.spec import kind_from_proto
 
+EXACT = "exact"  # a name for a fidelity, beside those of the profiles
 MAX_HASHES = 100_000
 MAX_ENGINE_NAME_BYTES = 128
 MAX_MESSAGE_CHARACTERS = 1000
 MAX_SPEC_BYTES = 256 << 10  # about 60 layers with longrope factors of their own, or 1,000 without
 MAX_MODEL_NAME_BYTES = 128
+MAX_PIECE_BLOCKS = 16  # of calibration text, in one piece
+MAX_PIECE_WEIGHTS = 1 << 24  # of attention, of the queries in a piece over its tokens
+MAX_TARGET = 1000.0  # compression that a profile may be asked for
 
 
 def model_spec(message: pb.ModelSpec) -> ModelSpec:
@@ -81,6 +89,28 @@ def engine(message: pb.Engine) -> pb.Engine:
     return message
 
 
+def measured(profiles: Mapping[str, pb.Measured]) -> None:
+    """What somebody says that profiles lose. Raises InvalidRequestError if it cannot be shown."""
+    for name, message in profiles.items():
+        if len(message.engine.encode()) > MAX_ENGINE_NAME_BYTES or not message.engine.isprintable():
+            raise InvalidRequestError(
+                f"the engine that measured {name!r} must be printable and at most {MAX_ENGINE_NAME_BYTES} bytes, "
+                f"got {message.engine!r}"
+            )
+
+
+def store_as(header: pb.Header) -> str:
+    """How a put is to be stored: "exact", a profile, or nothing, which leaves it to the daemon's settings."""
+    name, bundle_id = header.store_as, header.store_as_bundle
+    if name not in ("", EXACT, *PROFILES):
+        raise InvalidRequestError(f"store_as is empty, {EXACT} or one of {', '.join(PROFILES)}, got {name!r}")
+    if bundle_id and name not in PROFILES:
+        raise InvalidRequestError(f"store_as_bundle goes with a profile in store_as, got {name!r}")
+    if len(bundle_id) not in (0, HASH_BYTES):
+        raise InvalidRequestError(f"a bundle id has {HASH_BYTES} bytes, got {len(bundle_id)}")
+    return name
+
+
 def fidelity_kind(value: int) -> FidelityKind:
     """A kind from the wire; unspecified means EXACT."""
     try:
@@ -90,7 +120,10 @@ def fidelity_kind(value: int) -> FidelityKind:
 
 
 def entry_of(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> tuple[BlockId, pb.Entry]:
-    """What a Put says of a block, checked against the model and against itself, before any data is received."""
+    """What a Put says of a block, checked against the model and against itself, before any data is received.
+
+    The entry's fidelity is EXACT, until the cache chooses.
+    """
     _check_namespace(header.namespace)
     for name in ("block_hash", "parent_hash"):
         if (size := len(getattr(header, name))) != HASH_BYTES:
@@ -99,7 +132,8 @@ def entry_of(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> tuple[
     _check_tensors(header, spec, max_block_bytes)
     if (kind := fidelity_kind(header.fidelity.kind)) != FidelityKind.EXACT:
         raise InvalidRequestError(f"blocks are put at fidelity EXACT, got {kind.name}")
-    lineage, min_fidelity = fidelity_kind(header.lineage), fidelity_kind(header.min_fidelity)
+    lineage = fidelity_kind(header.lineage)
+    fidelity_kind(header.min_fidelity)
     entry = pb.Entry(
         namespace=header.namespace,
         parent_hash=header.parent_hash,
@@ -109,7 +143,7 @@ def entry_of(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> tuple[
         token_hash=hashlib.sha256(token_bytes(header.token_ids)).digest(),
         fidelity=Fidelity().to_proto(),
         lineage=pb.FidelityKind.Name(lineage),
-        min_fidelity=pb.FidelityKind.Name(min_fidelity),
+        min_fidelity=header.min_fidelity,  # unspecified stays so: the daemon's own choice
         boundary=header.boundary,
         source_bytes=header.data_bytes,
     )
@@ -146,8 +180,102 @@ def _check_tensors(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> 
     got = {t.name: (t.dtype, tuple(t.shape)) for t in header.tensors if t.name in ("keys", "values")}
     if got != expected:
         raise InvalidRequestError(f"dense tensors of this model are {expected}, got {got}")
+    _check_size(header, max_block_bytes)
+
+
+def _check_size(header: pb.Header | pb.CalibrateHeader, max_block_bytes: int) -> None:
     n_bytes = tensors.nbytes(header.tensors)
     if n_bytes != header.data_bytes:
         raise InvalidRequestError(f"the tensors described take {n_bytes} bytes, data_bytes says {header.data_bytes}")
     if n_bytes > max_block_bytes:
         raise InvalidRequestError(f"a block of {n_bytes} bytes, at most max_block_bytes = {max_block_bytes} are taken")
+
+
+# ---- calibration
+
+_Described = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of tensors, by name
+
+
+def calibration_profiles(start: pb.CalibrateStart, spec: ModelSpec) -> dict[str, float]:
+    """The profiles that a calibration is to fit, the best first, with the compression that each is to reach."""
+    if not spec.dense_layers:
+        raise PreconditionError(f"{spec.name!r} has no dense layers: its blocks are only ever kept exactly")
+    if start.layers_per_group > (n_layers := len(spec.dense_layers)):
+        raise InvalidRequestError(
+            f"layers_per_group must be 1 to {n_layers}, or 0 for the daemon's choice, got {start.layers_per_group}"
+        )
+    asked = dict(start.profiles) or dict(PROFILES)
+    for name, target in asked.items():
+        if name not in PROFILES:
+            raise InvalidRequestError(f"profiles are {', '.join(PROFILES)}, got {name[:MAX_MESSAGE_CHARACTERS]!r}")
+        if target and not 1 <= target <= MAX_TARGET:
+            raise InvalidRequestError(
+                f"{name} must reach a compression of 1 to {MAX_TARGET:g}, or 0 for the usual one, got {target}"
+            )
+    return {name: asked[name] or usual for name, usual in PROFILES.items() if name in asked}
+
+
+def check_piece(header: pb.CalibrateHeader, spec: ModelSpec, max_block_bytes: int) -> None:
+    """What is said of a piece of calibration data, before any of it is received: text, or metrics of the output."""
+    if problems := tensors.problems(header.tensors):
+        raise InvalidRequestError("; ".join(problems))
+    got = {t.name: (t.dtype, tuple(t.shape)) for t in header.tensors}
+    expected = _metric_tensors(spec) if "output_metric" in got else _text_tensors(header, spec, got)
+    if got != expected:
+        raise InvalidRequestError(f"tensors of this piece of calibration data should be {expected}, got {got}")
+    _check_size(header, max_block_bytes)
+
+
+def _metric_tensors(spec: ModelSpec) -> _Described:
+    n_layers, n_kv_heads, _, dim = spec.dense_shapes()["values"]
+    return {"output_metric": ("float32", (n_layers, n_kv_heads, dim, dim))}
+
+
+def _text_tensors(header: pb.CalibrateHeader, spec: ModelSpec, got: _Described) -> _Described:
+    if header.part not in (pb.CALIBRATION_PART_FIT, pb.CALIBRATION_PART_TUNE):
+        raise InvalidRequestError(f"a piece of text is to fit (1) or to tune (2), got part {header.part}")
+    if not 1 <= header.n_tokens <= MAX_PIECE_BLOCKS * spec.block_size:
+        raise InvalidRequestError(
+            f"a piece has 1 to {MAX_PIECE_BLOCKS} blocks of {spec.block_size} tokens, got {header.n_tokens} tokens"
+        )
+    if header.first_position + header.n_tokens >= 1 << 31:
+        raise InvalidRequestError(f"positions must be below 2**31, got first_position {header.first_position}")
+    expected: _Described = {
+        name: (spec.kv_dtype, (n_layers, n_kv_heads, header.n_tokens, dim))
+        for name, (n_layers, n_kv_heads, _, dim) in spec.dense_shapes().items()
+    }
+    if "queries" in got or "query_positions" in got:
+        n_queries = max(prod(got.get("query_positions", ("", ()))[1]), 1)
+        if n_queries * header.n_tokens > MAX_PIECE_WEIGHTS:
+            raise InvalidRequestError(
+                f"queries times tokens of a piece are at most {MAX_PIECE_WEIGHTS}, "
+                f"got {n_queries} and {header.n_tokens}"
+            )
+        shape = (len(spec.dense_layers), _n_query_heads(spec), n_queries, spec.dense_layers[0].key_dim)
+        expected |= {"queries": ("float32", shape), "query_positions": ("int32", (n_queries,))}
+    return expected
+
+
+def _n_query_heads(spec: ModelSpec) -> int:
+    n_kv_heads, heads = spec.dense_layers[0].n_kv_heads, {layer.n_query_heads for layer in spec.dense_layers}
+    n_query_heads = max(heads)
+    if len(heads) > 1 or not n_query_heads or n_query_heads % n_kv_heads:
+        raise InvalidRequestError(
+            f"no queries are taken of a model whose layers have {sorted(heads)} query heads for {n_kv_heads} KV heads"
+        )
+    return n_query_heads
+
+
+def check_piece_values(arrays: Mapping[str, np.ndarray]) -> None:
+    """The numbers of a piece: finite, positions not negative, metrics symmetric."""
+    for name, array in arrays.items():
+        if name == "query_positions":
+            if array.min() < 0:
+                raise InvalidRequestError(f"positions of queries must be 0 to 2**31 - 1, got {array.min()}")
+        elif not np.isfinite(array).all():
+            raise InvalidRequestError(f"{name} must be finite, got NaN or infinity")
+    if "output_metric" in arrays:
+        metric = arrays["output_metric"].astype(np.float64)
+        difference = np.abs(metric - metric.swapaxes(-1, -2)).max()
+        if difference > 1e-4 * np.abs(metric).max():
+            raise InvalidRequestError(f"output_metric must be symmetric, got entries that differ by {difference:.3g}")

@@ -7,14 +7,16 @@ checked what comes in. Futures carry answers, so that a stream can have many blo
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 
 import structlog
 
-from kvcached.block import BlockId, FidelityKind, KVBlock, ModelSpec
+from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
+from kvcached.bundles import Bundles, Installed
+from kvcached.codec.bundle import DEFAULT_PROFILE
 from kvcached.config import Config
 from kvcached.errors import (
     CorruptFrameError,
@@ -22,14 +24,18 @@ from kvcached.errors import (
     PreconditionError,
     QuotaExceededError,
     UnsupportedFrameError,
+    UnsupportedRopeError,
 )
 from kvcached.metrics import Metrics
-from kvcached.pool import Lane, WorkerPool
+from kvcached.pool import Lane, Pipeline, WorkerPool, warm_kernels
 from kvcached.records import improves
 from kvcached.store import Store
 from kvcached_client._proto import kvcached_pb2 as pb
 
 log = structlog.get_logger()
+# Why a block that was to be coded is stored exactly.
+_FALLBACKS = {ValueError: "values", UnsupportedRopeError: "rope", UnsupportedFrameError: "bundle"}
+_LATE_SECONDS = 60.0
 Stored = tuple[pb.Outcome, pb.Entry]
 
 
@@ -44,6 +50,14 @@ class Floor:
         if entry.fidelity.kind == pb.FIDELITY_KIND_COMPACTED and not self.accepts_compacted:
             return False
         return min(entry.fidelity.kind, entry.lineage) >= self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a put says of how it is to be stored. Empty: as the settings say, with the model's current bundle."""
+
+    fidelity: str = ""  # "exact" or a profile
+    bundle_id: bytes = b""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +87,10 @@ class Cache:
 
     def __init__(self, store: Store, pool: WorkerPool, metrics: Metrics, config: Config) -> None:
         self.store, self.pool, self.metrics, self.config = store, pool, metrics, config
+        self.bundles = Bundles(store.path / "bundles")
+        store.replace_unless(self._has_bundle)
         self._models = store.models()
+        self._told_uncodable: set[bytes] = set()  # models of which the log has a block that could not be coded
         self._lock = threading.Lock()  # guards the claims
         self._claims: dict[BlockId, _Claim] = {}
 
@@ -97,13 +114,70 @@ class Cache:
     def models(self) -> dict[bytes, ModelSpec]:
         return dict(self._models)
 
+    # ---- fidelity
+
+    def choose(self, spec: ModelSpec, entry: pb.Entry, wish: Wish) -> Fidelity:
+        """How a block is to be stored. What has no bundle, or a bundle without the profile, is stored exactly.
+
+        Raises PreconditionError if the wish names a bundle that is not there, or of another model.
+        """
+        name = wish.fidelity or self.config.fidelity_of(entry.namespace)
+        bundle = self._bundle(spec, wish.bundle_id)
+        if bundle is None or entry.min_fidelity == pb.FIDELITY_KIND_EXACT:
+            return Fidelity()
+        says = bundle.outline
+        # A loss that nobody measured is nobody's default.
+        profile, known = (DEFAULT_PROFILE, says.measured) if name == "auto" else (name, says.profiles)
+        if profile not in known:
+            return Fidelity()
+        return Fidelity(FidelityKind.CODED, profile, bundle_id=bundle.bundle_id)
+
+    def warm(self) -> None:
+        """Does what the first block that is coded would wait for: compiles kernels, reads and checks bundles."""
+        if self.bundles.all():
+            warm_kernels()
+        for spec in self.models().values():
+            self.bundles.current(spec)
+
+    def _bundle(self, spec: ModelSpec, bundle_id: bytes) -> Installed | None:
+        if not bundle_id:
+            return self.bundles.newest(spec)
+        if bundle := self.bundles.installed(bundle_id):
+            bundle.check_fits(spec)
+            return bundle
+        raise PreconditionError(f"unknown bundle {bundle_id.hex()}: install it first")
+
+    def _has_bundle(self, entry: pb.Entry) -> bool:
+        """Whether what is needed to decode a block is there."""
+        bundle_id = entry.fidelity.bundle_id
+        return not bundle_id or self.bundles.installed(bundle_id) is not None
+
+    def remove_bundle(self, bundle_id: bytes, with_blocks: bool) -> int:
+        """Removes a bundle, or what a lost one left; how many blocks were deleted, descendants included.
+
+        Raises PreconditionError if there is none, or blocks need it and may not go.
+        """
+        needing = self.store.blocks_of_bundle(bundle_id) if bundle_id else []
+        if not needing and not self.bundles.installed(bundle_id):
+            raise PreconditionError(f"unknown bundle {bundle_id.hex() or '(empty)'}")
+        if needing and not with_blocks:
+            raise PreconditionError(f"{len(needing)} blocks cannot be read without bundle {bundle_id.hex()}")
+        n_deleted = self.delete(needing)
+        self.bundles.remove(bundle_id)
+        self.pool.forget(bundle_id)
+        with self._lock:  # what is being coded with it, and committed too late
+            late = [c.done for c in self._claims.values() if c.entry.fidelity.bundle_id == bundle_id]
+        wait(late, _LATE_SECONDS)
+        return n_deleted + self.delete(self.store.blocks_of_bundle(bundle_id))
+
     # ---- the three walks
 
     def match(
         self, spec: ModelSpec, block_ids: Sequence[BlockId], floor: Floor, *, is_lookup: bool = True
     ) -> list[pb.Entry]:
         """Entries of the leading blocks that are held and good enough; counted if it is a lookup."""
-        entries = list(takewhile(floor.accepts, self.store.chain(block_ids)))
+        held = self.store.chain(block_ids)
+        entries = list(takewhile(lambda entry: floor.accepts(entry) and self._has_bundle(entry), held))
         self.store.touch(block_ids[: len(entries)])
         if is_lookup:
             self.metrics.lookup_tokens.inc(len(block_ids) * spec.block_size)
@@ -130,7 +204,7 @@ class Cache:
         try:
             if held := self.store.no_worse(block_id, entry):
                 return self._answer_early(claim, (pb.OUTCOME_ALREADY_HELD, held))
-            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, FidelityKind(entry.lineage))
+            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, entry)
         except Exception as error:  # noqa: BLE001 - a claim that is never answered is a hang
             return self._answer_early(claim, error)
         claim.encoded.add_done_callback(lambda _: self._commit_behind(parent, block_id, claim))
@@ -246,7 +320,7 @@ class Cache:
             self.store.delete([block_id], "corrupt")
             reason = "corrupt"
         except UnsupportedFrameError as error:
-            log.warning("block of another version, left alone", block=str(block_id), error=str(error))
+            log.warning("block that cannot be decoded, left alone", block=str(block_id), error=str(error))
             reason = "unsupported"
         if not found:
             self.metrics.block_misses.labels(reason).inc()
@@ -257,20 +331,42 @@ class Cache:
         self.metrics.get_source_bytes.inc(entry.source_bytes)
         return found
 
-    def _encode(self, block_id: BlockId, block: KVBlock, lineage: FidelityKind) -> bytes:
-        """In a worker: the frame of a block."""
-        start, pipeline = time.perf_counter(), self.pool.pipeline(self.model(block_id.model_id))
-        frame = pipeline.encode(block_id, block, lineage, self.config.zstd_level)
-        self.metrics.encode_seconds.labels(FidelityKind.EXACT.name).observe(time.perf_counter() - start)
+    def _encode(self, block_id: BlockId, block: KVBlock, entry: pb.Entry) -> bytes:
+        """In a worker: the frame of a block. What cannot be coded is kept exactly, and its entry says so."""
+        start, spec = time.perf_counter(), self.model(block_id.model_id)
+        pipeline = self._pipeline(spec)
+        encode = partial(
+            pipeline.encode, block_id, block, FidelityKind(entry.lineage), zstd_level=self.config.zstd_level
+        )
+        frame = None
+        if entry.fidelity.kind == pb.FIDELITY_KIND_CODED:
+            try:
+                frame = encode(coder=pipeline.coder(entry.fidelity.bundle_id, entry.fidelity.profile))
+            except tuple(_FALLBACKS) as error:
+                self._note_fallback(spec, error)
+                entry.fidelity.CopyFrom(Fidelity().to_proto())
+        frame = frame or encode()
+        fidelity = FidelityKind(entry.fidelity.kind).name
+        self.metrics.encode_seconds.labels(fidelity).observe(time.perf_counter() - start)
         return frame
+
+    def _note_fallback(self, spec: ModelSpec, error: Exception) -> None:
+        reason = next(reason for kind, reason in _FALLBACKS.items() if isinstance(error, kind))
+        self.metrics.exact_fallback_blocks.labels(reason).inc()
+        if spec.model_id not in self._told_uncodable:
+            self._told_uncodable.add(spec.model_id)
+            log.warning("block stored exactly, this is told once", model=spec.name, reason=reason, error=str(error))
 
     def _decode(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
         found = self.store.frame(block_id)
         if found is None:
             return None
         entry, frame = found
-        pipeline = self.pool.pipeline(self.model(block_id.model_id))
-        return entry, pipeline.decode(block_id, frame, max_source_bytes=entry.source_bytes)
+        pipeline = self._pipeline(self.model(block_id.model_id))
+        return entry, pipeline.decode(block_id, frame, entry.source_bytes, Fidelity.from_proto(entry.fidelity))
+
+    def _pipeline(self, spec: ModelSpec) -> Pipeline:
+        return self.pool.pipeline(spec, lambda spec: Pipeline(spec, self.bundles.get))
 
 
 def _answer(claim: _Claim, answer: Stored | BaseException) -> None:

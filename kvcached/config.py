@@ -7,12 +7,13 @@ with where it came from, what was expected and what came.
 import os
 import tomllib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Le
 from platformdirs import user_cache_path, user_config_path
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 
 from kvcached.errors import InvalidRequestError, PreconditionError
 from kvcached_client.paths import default_socket
@@ -31,6 +32,25 @@ def _expanded(path: Any) -> Path:
         raise ValueError(str(error)) from None
 
 
+@lru_cache(maxsize=8)
+def _by_namespace(text: str) -> Mapping[str, str]:
+    """Of NAMESPACE=FIDELITY with commas between, which fidelity each has. Raises ValueError for any other text."""
+    fidelities: dict[str, str] = {}
+    for item in filter(None, map(str.strip, text.split(","))):
+        namespace, equals, fidelity = item.rpartition("=")
+        if not equals or fidelity not in FIDELITIES or namespace in fidelities:
+            raise ValueError(f"NAMESPACE=FIDELITY, each once, expected, of {', '.join(FIDELITIES)}; got {item!r}")
+        fidelities[namespace] = fidelity
+    return fidelities
+
+
+def _namespace_fidelity(text: str) -> str:
+    _by_namespace(text)
+    return text
+
+
+FidelityName = Literal["auto", "exact", "near-lossless", "x8", "x16", "x32"]
+FIDELITIES: tuple[str, ...] = get_args(FidelityName)
 PathOfUser = Annotated[Path, BeforeValidator(_expanded)]
 Size = Annotated[ByteSize, Le(64 * TIB)]  # half of what a process can address
 
@@ -52,6 +72,13 @@ class Config(BaseModel):
     quota_bytes: Annotated[Size, Ge(MIB)] = _live(20 * GIB, "what the store may take on disk")
     free_floor_bytes: Annotated[Size, Ge(0)] = _live(2 * GIB, "disk space that is left free for others")
     max_block_bytes: Annotated[Size, Ge(MIB)] = _live(GIB, "largest block that is accepted")
+    fidelity: FidelityName = _live(
+        "auto",
+        "how blocks are stored: exact, a profile (near-lossless, x8, x16, x32), or auto: x8 once it was measured",
+    )
+    namespace_fidelity: Annotated[str, AfterValidator(_namespace_fidelity)] = _live(
+        "", "fidelity in some namespaces: NAMESPACE=FIDELITY,NAMESPACE=FIDELITY"
+    )
     drain_seconds: Annotated[float, Ge(0), Le(300)] = Field(10.0, description="time to finish work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_json: bool = Field(False, description="log lines as JSON")
@@ -82,6 +109,10 @@ class Config(BaseModel):
             if not is_live(name):
                 raise PreconditionError(f"{name} can only be changed by a restart")
         return config
+
+    def fidelity_of(self, namespace: str) -> str:
+        """How blocks of a namespace are stored, unless a put says otherwise."""
+        return _by_namespace(self.namespace_fidelity).get(namespace, self.fidelity)
 
     def items(self) -> list[tuple[str, str]]:
         """Names and values, as text that the validators accept."""

@@ -6,44 +6,30 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 no daemon.
 import json
 import sys
 import time
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import click
-from google.protobuf.json_format import MessageToDict
-from humanize import naturalsize
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcached import __version__, autostart
+from kvcached import __version__, autostart, ctl_bundles
+from kvcached.ctl_output import (
+    FAILED,
+    NO_DAEMON,
+    as_dict,
+    asks_daemon,
+    console,
+    explains_failure,
+    percent,
+    ratio,
+    size,
+)
 from kvcached.errors import KvcachedError
 from kvcached_client._proto import kvcached_pb2 as pb
-from kvcached_client.connection import Connection, DaemonError
+from kvcached_client.connection import Connection
 from kvcached_client.paths import default_socket
 
-FAILED, NO_DAEMON = 1, 3
 _CHECK_SECONDS = 3600.0
 _START_SECONDS = 15.0
-
-
-def _asks_daemon(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns failed calls into messages and exit codes."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except DaemonError as error:
-            target = click.get_current_context().obj.target
-            if error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                click.echo(f"no daemon answers on {target}: {error.message}", err=True)
-                sys.exit(NO_DAEMON)
-            click.echo(f"the daemon on {target} refused: {error}", err=True)
-            sys.exit(FAILED)
-
-    return run
 
 
 @click.group(help="Shows and steers a running kvcached daemon.")
@@ -66,11 +52,11 @@ def main(context: click.Context, target: str) -> None:
 @main.command(help="What the daemon holds and does.")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.pass_obj
-@_asks_daemon
+@asks_daemon
 def status(connection: Connection, as_json: bool) -> None:
     response = connection.call("Status", pb.StatusRequest())
     if as_json:
-        click.echo(json.dumps(_as_dict(response), indent=2))
+        click.echo(json.dumps(as_dict(response), indent=2))
     else:
         _print_status(response)
 
@@ -79,11 +65,11 @@ def status(connection: Connection, as_json: bool) -> None:
 @click.option("--frames", is_flag=True, help="decode every block too (reads the whole store)")
 @click.option("--json", "as_json", is_flag=True, help="print JSON")
 @click.pass_obj
-@_asks_daemon
+@asks_daemon
 def check(connection: Connection, frames: bool, as_json: bool) -> None:
     response = connection.call("Check", pb.CheckRequest(frames=frames), timeout=_CHECK_SECONDS)
     if as_json:
-        click.echo(json.dumps(_as_dict(response), indent=2))
+        click.echo(json.dumps(as_dict(response), indent=2))
     else:
         for problem in response.problems:
             click.echo(problem)
@@ -92,27 +78,17 @@ def check(connection: Connection, frames: bool, as_json: bool) -> None:
     sys.exit(FAILED if response.problems else 0)
 
 
+for command in (ctl_bundles.bundles, ctl_bundles.calibrate, ctl_bundles.bench):
+    main.add_command(command)
+
+
 @main.group(help="The daemon as a service that starts at login: launchd on a Mac, systemd on Linux.")
 def service() -> None:
     pass
 
 
-def _manages(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns what a service manager refuses into a message and exit code 1."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (KvcachedError, OSError, ValueError) as error:
-            click.echo(str(error), err=True)
-            sys.exit(FAILED)
-
-    return run
-
-
 @service.command(help="Installs and starts it. Its settings are those of the configuration file.")
-@_manages
+@explains_failure
 def install() -> None:
     found, connection = _service()
     if not found.path.exists() and connection.is_serving():
@@ -123,14 +99,14 @@ def install() -> None:
 
 
 @service.command(help="Stops and removes it. The cache stays on disk.")
-@_manages
+@explains_failure
 def uninstall() -> None:
     found, _ = _service()
     click.echo(f"{'uninstalled' if autostart.uninstall(found) else 'not installed, nothing to do'}: {found.path}")
 
 
 @service.command(help="Starts it.")
-@_manages
+@explains_failure
 def start() -> None:
     found, connection = _service(installed=True)
     found.start()
@@ -138,14 +114,14 @@ def start() -> None:
 
 
 @service.command(help="Stops it, until the next login or `start`.")
-@_manages
+@explains_failure
 def stop() -> None:
     _service(installed=True)[0].stop()
     click.echo("stopped")
 
 
 @service.command("print", help="Prints what `install` would write.")
-@_manages
+@explains_failure
 def print_service() -> None:
     click.echo(_service()[0].text(), nl=False)
 
@@ -172,25 +148,6 @@ def _await_daemon(found: autostart.Agent | autostart.Unit, connection: Connectio
     click.echo(f"it answers on {connection.target}")
 
 
-def _as_dict(message: Any) -> dict[str, Any]:
-    """Field names as in the protocol, hashes in hexadecimal, 64-bit numbers as numbers, all fields present."""
-    content = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    return {str(name): _plain(getattr(message, name, None), value) for name, value in content.items()}
-
-
-def _plain(source: Any, value: Any) -> Any:
-    """protobuf's JSON writes 64-bit integers as strings and bytes in base64; people and scripts want neither."""
-    if isinstance(source, bytes):
-        return source.hex()
-    if isinstance(source, int) and isinstance(value, str) and value.lstrip("-").isdigit():
-        return int(value)
-    if isinstance(value, dict) and hasattr(source, "DESCRIPTOR"):
-        return {name: _plain(getattr(source, name), item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(element, item) for element, item in zip(source, value, strict=True)]
-    return value
-
-
 def _print_status(response: pb.StatusResponse) -> None:
     store, pool, counters = response.store, response.pool, response.counters
     asked, hit = counters["lookup_tokens_total"], counters["lookup_hit_tokens_total"]
@@ -200,25 +157,25 @@ def _print_status(response: pb.StatusResponse) -> None:
         "socket": response.socket_path,
         "store": store.path,
         "blocks": f"{store.n_blocks:,} ({store.n_tokens:,} tokens)",
-        "bytes": f"{_size(store.source_bytes)} in {_size(store.stored_bytes)} on disk, "
-        f"compression {_ratio(store.source_bytes, store.stored_bytes)}",
-        "quota": f"{_size(store.used_bytes)} of {_size(store.quota_bytes)} used, "
-        f"file {_size(store.file_bytes)}, {_size(store.free_disk_bytes)} free on disk",
-        "hit rate": f"{_percent(hit, asked)} ({hit:,.0f} of {asked:,.0f} tokens since start)",
-        "disk": f"{_size(int(counters['put_stored_bytes_total']))} stored since start, "
+        "bytes": f"{size(store.source_bytes)} in {size(store.stored_bytes)} on disk, "
+        f"compression {ratio(store.source_bytes, store.stored_bytes)}",
+        "quota": f"{size(store.used_bytes)} of {size(store.quota_bytes)} used, "
+        f"file {size(store.file_bytes)}, {size(store.free_disk_bytes)} free on disk",
+        "hit rate": f"{percent(hit, asked)} ({hit:,.0f} of {asked:,.0f} tokens since start)",
+        "disk": f"{size(int(counters['put_stored_bytes_total']))} stored since start, "
         f"{sum(n for name, n in counters.items() if name.startswith('evicted_blocks')):,.0f} blocks evicted",
-        "queue": f"{pool.n_jobs} jobs, {_size(pool.put_bytes)} in and {_size(pool.get_bytes)} out "
-        f"of {_size(pool.limit_bytes)} each, {pool.n_workers} workers",
+        "queue": f"{pool.n_jobs} jobs, {size(pool.put_bytes)} in and {size(pool.get_bytes)} out "
+        f"of {size(pool.limit_bytes)} each, {pool.n_workers} workers",
         "metrics": f"{response.web_address}/metrics" if response.web_address else response.web_problem or "off",
     }
     for name, value in [*rows.items(), *(("moved aside", moved) for moved in store.set_aside)]:
         summary.add_row(f"[bold]{name}[/]", Text(value))
-    console = Console()
-    console.print(summary)
+    screen = console()
+    screen.print(summary)
     if response.models:
-        console.print(_model_table(response))
+        screen.print(_model_table(response))
     if response.engines:
-        console.print(_engine_table(response))
+        screen.print(_engine_table(response))
 
 
 def _model_table(response: pb.StatusResponse) -> Table:
@@ -231,9 +188,9 @@ def _model_table(response: pb.StatusResponse) -> Table:
                 pb.FidelityKind.Name(kept.kind).removeprefix("FIDELITY_KIND_") if kept.kind else "-",
                 f"{kept.n_blocks:,}",
                 f"{kept.n_tokens:,}",
-                _size(kept.source_bytes),
-                _size(kept.stored_bytes),
-                _ratio(kept.source_bytes, kept.stored_bytes),
+                size(kept.source_bytes),
+                size(kept.stored_bytes),
+                ratio(kept.source_bytes, kept.stored_bytes),
             )
     return table
 
@@ -256,15 +213,3 @@ def _engine_table(response: pb.StatusResponse) -> Table:
             f"{engine.seconds_since_announced:,.0f} s ago",
         )
     return table
-
-
-def _ratio(source_bytes: int, stored_bytes: int) -> str:
-    return f"{source_bytes / stored_bytes:.2f}x" if stored_bytes else "-"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
-def _size(n_bytes: int) -> str:
-    return naturalsize(n_bytes, binary=True)

@@ -25,10 +25,11 @@ from prometheus_client import CollectorRegistry
 
 from kvcached import __version__, logs, sockets
 from kvcached.cache import Cache
+from kvcached.calibrating import is_fitting
 from kvcached.config import Config, describe, load
 from kvcached.errors import KvcachedError
 from kvcached.metrics import Metrics
-from kvcached.pool import WorkerPool
+from kvcached.pool import Lane, WorkerPool
 from kvcached.service import MAX_CALLS, Service
 from kvcached.status import Status
 from kvcached.store import Store
@@ -61,6 +62,7 @@ class Daemon:
         self.pool = WorkerPool(config.workers, config.queue_bytes)
         self.health = HealthServicer()
         cache = Cache(self.store, self.pool, self.metrics, config)
+        self.pool.submit(Lane.GET, cache.warm)
         self.status = Status(cache)
         self._service = Service(cache, self.status)
         self._server = self._build_server()
@@ -180,3 +182,5 @@ def main(file: Path | None, **flags: str | None) -> None:
     except KvcachedError as error:
         log.error("cannot start", reason=str(error))
         sys.exit(1)
+    if is_fitting():  # OpenBLAS, when unloaded, may wait for ever for what it computes
+        os._exit(0)

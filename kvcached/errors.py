@@ -8,6 +8,8 @@
     ├─ QuotaExceededError        RESOURCE_EXHAUSTED    no room even after eviction, or the disk is full
     ├─ UnsupportedFrameError     UNIMPLEMENTED         a newer version, or a coder that is not built in
     ├─ CorruptFrameError         DATA_LOSS             bytes that lie; becomes a miss before any caller sees it
+    ├─ UnsupportedBundleError    UNIMPLEMENTED         a bundle of a newer version
+    ├─ CorruptBundleError        INVALID_ARGUMENT      bytes that are no bundle
     ├─ ShuttingDownError         UNAVAILABLE           the daemon is draining
     └─ StoreError                INTERNAL              the disk or LMDB; the message names the path
 
@@ -47,6 +49,14 @@ class UnsupportedFrameError(KvcachedError):
 
 class CorruptFrameError(KvcachedError):
     code = "DATA_LOSS"
+
+
+class UnsupportedBundleError(KvcachedError):
+    code = "UNIMPLEMENTED"
+
+
+class CorruptBundleError(KvcachedError):
+    code = "INVALID_ARGUMENT"
 
 
 class ShuttingDownError(KvcachedError):

@@ -30,6 +30,8 @@ class Metrics:
         self.get_source_bytes = self._counter("get_source_bytes", "Bytes of sent blocks as engines hold them")
         self.evicted_blocks = self._counter("evicted_blocks", "Blocks that left, descendants too, by reason", "reason")
         self.corrupt_blocks = self._counter("corrupt_blocks", "Blocks whose bytes failed a check when read")
+        what = "Blocks that were to be coded and are stored exactly, by reason"
+        self.exact_fallback_blocks = self._counter("exact_fallback_blocks", what, "reason")
         self.rpc_requests = self._counter("rpc_requests", "Calls, by method and status", "method", "code")
         self.rpc_seconds = self._histogram("rpc_duration", "Duration of calls, by method and status", "method", "code")
         self.encode_seconds = self._histogram("encode_duration", "Time to encode a block", "fidelity")

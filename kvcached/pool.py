@@ -2,22 +2,30 @@
 
 Threads, because zstd and numpy release the GIL and blocks need not be copied. Gets go before puts, each in the order of
 arrival. Puts reserve room before their bytes are received, and are refused when there is none; gets wait for it.
-Locks: a model's own lock while its pipeline is built; the pool's for everything else, held for moments only.
+Locks: a model's own while its pipeline is built; a pipeline's while it builds a coder, and inside it one for all while
+the kernels of the entropy coder are compiled; the pool's for everything else, held for moments only.
 """
 
 import itertools
 import queue
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import IntEnum
+from functools import cache
 from typing import Any, TypeVar
 
 from kvcached import codec
-from kvcached.block import BlockId, FidelityKind, KVBlock, ModelSpec
-from kvcached.errors import OverloadedError, ShuttingDownError
+from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
+from kvcached.codec import entropy
+from kvcached.codec.bundle import Bundle, Coder
+from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
 
 T = TypeVar("T")
+_MAX_CODERS = 4  # of a model; each holds the bases of its bundle
+_warming = threading.Lock()
+_warm_once = cache(entropy.warm)
 
 
 class Lane(IntEnum):
@@ -55,17 +63,69 @@ class ByteBudget:
             self._changed.notify_all()
 
 
+def warm_kernels() -> None:
+    """Loads or compiles the kernels of the entropy coder, which takes seconds: once, however many ask."""
+    with _warming:
+        _warm_once()
+
+
+def _no_bundle(_bundle_id: bytes) -> Bundle | None:
+    return None
+
+
 class Pipeline:
-    """How blocks of one model become frames and back. Made once per model; used by all workers at once."""
+    """How blocks of one model become frames and back. Made once per model; used by all workers at once.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    bundle_of: a bundle by its id, None if it is not there.
+    """
+
+    def __init__(self, spec: ModelSpec, bundle_of: Callable[[bytes], Bundle | None] = _no_bundle) -> None:
         self.spec = spec
+        self._bundle_of = bundle_of
+        self._lock = threading.Lock()  # guards the coders, the last used last
+        self._coders: OrderedDict[tuple[bytes, str], Coder] = OrderedDict()
 
-    def encode(self, block_id: BlockId, block: KVBlock, lineage: FidelityKind, zstd_level: int) -> bytes:
-        return codec.encode(block_id, block, lineage=lineage, zstd_level=zstd_level)
+    def encode(
+        self, block_id: BlockId, block: KVBlock, lineage: FidelityKind, zstd_level: int, coder: Coder | None = None
+    ) -> bytes:
+        """See codec.encode."""
+        return codec.encode(block_id, block, lineage=lineage, zstd_level=zstd_level, coder=coder)
 
-    def decode(self, block_id: BlockId, frame: bytes, max_source_bytes: int) -> KVBlock:
-        return codec.decode(block_id, frame, max_source_bytes)
+    def decode(
+        self, block_id: BlockId, frame: bytes, max_source_bytes: int, fidelity: Fidelity | None = None
+    ) -> KVBlock:
+        """See codec.decode. fidelity: of the frame, which names its coder; None: EXACT."""
+        is_coded = fidelity is not None and fidelity.kind == FidelityKind.CODED
+        coder = self.coder(fidelity.bundle_id, fidelity.profile) if fidelity and is_coded else None
+        return codec.decode(block_id, frame, max_source_bytes, coder)
+
+    def coder(self, bundle_id: bytes, profile: str) -> Coder:
+        """A profile of a bundle, ready for use: built once, however many ask at the same time.
+
+        Raises UnsupportedFrameError if the bundle is not there, or does not have the profile.
+        """
+        key = (bundle_id, profile)
+        with self._lock:
+            if key not in self._coders:
+                self._coders[key] = self._build(bundle_id, profile)
+            self._coders.move_to_end(key)
+            if len(self._coders) > _MAX_CODERS:
+                self._coders.popitem(last=False)
+            return self._coders[key]
+
+    def forget(self, bundle_id: bytes) -> None:
+        """Lets go of the coders of a bundle."""
+        with self._lock:
+            for key in [key for key in self._coders if key[0] == bundle_id]:
+                del self._coders[key]
+
+    def _build(self, bundle_id: bytes, profile: str) -> Coder:
+        bundle = self._bundle_of(bundle_id)
+        if bundle is None or profile not in bundle.profiles:
+            missing = f"profile {profile!r} of bundle {bundle_id.hex()}"
+            raise UnsupportedFrameError(f"{missing} is needed, and not installed")
+        warm_kernels()
+        return bundle.coder(profile)
 
 
 class WorkerPool:
@@ -110,6 +170,11 @@ class WorkerPool:
             if model_id not in self._pipelines:
                 self._pipelines[model_id] = build(spec)
             return self._pipelines[model_id]
+
+    def forget(self, bundle_id: bytes) -> None:
+        """Lets go of what was built from a bundle."""
+        for pipeline in list(self._pipelines.values()):
+            pipeline.forget(bundle_id)
 
     def close(self) -> None:
         """Finishes the jobs that run, drops those that wait."""

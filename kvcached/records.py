@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from kvcached import layout
 from kvcached.block import ModelSpec
+from kvcached.codec.bundle import PROFILES
 from kvcached.errors import PreconditionError, QuotaExceededError
 from kvcached.eviction import Candidate
 from kvcached.layout import Tables, Totals
@@ -24,12 +25,14 @@ from kvcached_client.hashing import HASH_BYTES
 log = structlog.get_logger()
 T = TypeVar("T")
 MAX_MODELS = 1024
+_PROFILE_RANKS = {profile: rank for rank, profile in enumerate(reversed(list(PROFILES)), 1)}
 
 
 class Records:
     """Reads and writes the records of one environment. Holds no transaction: each call is given one.
 
-    A record that cannot be read counts as absent: a miss. `n_unreadable` says how many were met.
+    A record that cannot be read counts as absent: a miss. `n_unreadable` says how many were met. `can_decode` is set by
+    whoever knows what frames need.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Records:
         self._ticking = threading.Lock()
         self._last_tick = 0
         self.n_unreadable = 0
+        self.can_decode: Callable[[pb.Entry], bool] = lambda _entry: True
 
     def tick(self) -> int:
         """Now in microseconds, but later than ever before: clocks jump back when a machine wakes."""
@@ -112,9 +116,9 @@ class Records:
         return self.no_worse(txn, key, entry)
 
     def no_worse(self, txn: lmdb.Transaction, key: bytes, entry: pb.Entry) -> pb.Entry | None:
-        """What is held of a block, unless `entry` would improve on it."""
+        """What is held of a block, unless `entry` would improve on it, or nobody can decode it."""
         held = self.entry(txn, key)
-        return held if held and not improves(entry, held) else None
+        return held if held and self.can_decode(held) and not improves(entry, held) else None
 
     def delete_tree(self, txn: lmdb.Transaction, root: bytes, reason: str) -> int:
         """Removes a block and its descendants, and notes why; how many there were."""
@@ -220,7 +224,12 @@ def improves(new: pb.Entry, held: pb.Entry) -> bool:
     """Whether `new` is better in one respect and worse in none: fidelity, lineage, boundary state."""
 
     def rank(entry: pb.Entry) -> tuple[int, int, bool]:
-        return min(entry.fidelity.kind, entry.lineage), entry.fidelity.kind, entry.boundary
+        return fidelity_rank(entry.fidelity), entry.lineage, entry.boundary
 
-    pairs = list(zip(rank(new), rank(held), strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+    is_no_worse = all(a >= b for a, b in zip(rank(new), rank(held), strict=True))
+    return is_no_worse and rank(new) != rank(held)
+
+
+def fidelity_rank(fidelity: pb.Fidelity) -> int:
+    """Higher is better: by kind, and of coded ones by profile, whatever the bundle. An unknown profile is the worst."""
+    return 100 * fidelity.kind + _PROFILE_RANKS.get(fidelity.profile, 0)

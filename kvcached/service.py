@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError
 
 from kvcached import border
 from kvcached.block import BlockId
+from kvcached.bundle_service import BundleService
 from kvcached.cache import Cache, Fetch, Floor
+from kvcached.calibrating import Calibrating
 from kvcached.config import describe, is_live
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached.metrics import Metrics
@@ -31,6 +33,11 @@ log = structlog.get_logger()
 MAX_CALLS = 64  # served at once, each in a thread; more wait, four times as many at most
 _MAX_STREAMS = 48  # of those, which are as long as their callers like: health and status must get through
 _GET_WAIT_SECONDS = 30.0  # for room in memory, when the caller sets no deadline
+_HANDLERS: dict[tuple[bool, bool], Callable[..., Any]] = {  # by (sends_stream, answers_stream)
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 
 
 class Service:
@@ -38,6 +45,7 @@ class Service:
 
     def __init__(self, cache: Cache, status: Status) -> None:
         self._cache, self._status = cache, status
+        self._bundles, self._calibrating = BundleService(cache), Calibrating(cache)
         self._config_lock = threading.Lock()
         self._active = _Active()
         self._idle = IdleWatch(lambda: cache.config.idle_seconds)
@@ -51,9 +59,13 @@ class Service:
         """What a grpc.Server is given: every method of the protocol, by its name."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, method in METHODS.items():
-            factory = grpc.stream_stream_rpc_method_handler if method.streaming else grpc.unary_unary_rpc_method_handler
-            wrap = self._streaming if method.streaming else self._unary
-            methods[name] = factory(wrap(method, getattr(self, name)), response_serializer=method.write_response)
+            if not hasattr(self, name):  # answered by gRPC: UNIMPLEMENTED
+                continue
+            answers_once = self._gathering if method.sends_stream else self._unary
+            wrap = self._streaming if method.answers_stream else answers_once
+            methods[name] = _HANDLERS[method.sends_stream, method.answers_stream](
+                wrap(method, getattr(self, name)), response_serializer=method.write_response
+            )
         return grpc.method_handlers_generic_handler(protocol.SERVICE, methods)
 
     # ---- methods, by their names in the protocol
@@ -161,6 +173,22 @@ class Service:
         log.info("settings changed", **dict(changed))
         return pb.SetConfigResponse(settings=_settings(changed))
 
+    def Calibrate(self, requests: Iterator[pb.CalibrateRequest], context: grpc.ServicerContext) -> pb.CalibrateResponse:  # noqa: N802
+        bundle = self._calibrating.fitted(requests, context.is_active)
+        return pb.CalibrateResponse(bundle=self._bundles.status(self._cache.bundles.install(bundle)))
+
+    def InstallBundle(self, pieces: Iterator[pb.InstallBundleRequest], _: Any) -> pb.InstallBundleResponse:  # noqa: N802
+        return self._bundles.install(pieces)
+
+    def AttachMeasurements(self, request: pb.AttachMeasurementsRequest, _: Any) -> pb.AttachMeasurementsResponse:  # noqa: N802
+        return self._bundles.attach(request)
+
+    def ListBundles(self, _request: pb.ListBundlesRequest, _: Any) -> pb.ListBundlesResponse:  # noqa: N802
+        return self._bundles.all()
+
+    def RemoveBundle(self, request: pb.RemoveBundleRequest, _: Any) -> pb.RemoveBundleResponse:  # noqa: N802
+        return self._bundles.remove(request)
+
     def Announce(self, request: pb.AnnounceRequest, _: Any) -> pb.AnnounceResponse:  # noqa: N802
         self._status.announce(border.engine(request.engine))
         return pb.AnnounceResponse()
@@ -179,6 +207,20 @@ class Service:
         def call(request: bytes, context: grpc.ServicerContext) -> Any:
             with self._active, _Observed(self._cache.metrics, method.name, context):
                 return function(_read(method, request), context)
+
+        return call
+
+    def _gathering(self, method: Method, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A stream of requests, one response."""
+
+        def call(requests: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+            with self._active, _Observed(self._cache.metrics, method.name, context):
+                listener = Listener((_read(method, request) for request in requests), context.cancel)
+                self._idle.enter(listener, _MAX_STREAMS)
+                try:
+                    return function(listener, context)
+                finally:
+                    self._idle.leave(listener)
 
         return call
 
@@ -255,7 +297,7 @@ class _Observed:
             log.error("call failed", method=self._name, exc_info=error)
         self._metrics.rpc_requests.labels(self._name, code).inc()
         self._metrics.rpc_seconds.labels(self._name, code).observe(time.monotonic() - self._start)
-        if error is not None and code != "CANCELLED":
+        if error is not None and not isinstance(error, GeneratorExit | grpc.RpcError):  # those gRPC knows of
             self._context.abort(grpc.StatusCode[code], border.brief(message))
 
 

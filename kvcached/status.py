@@ -81,6 +81,7 @@ class Status(Collector):
                     for (owner, kind), t in totals.items()
                     if owner == model_id
                 ],
+                bundle_id=newest.bundle_id if (newest := self._cache.bundles.newest(spec)) else b"",
             )
             for model_id, spec in self._cache.models().items()
         ]
@@ -116,6 +117,7 @@ class Status(Collector):
         yield _gauge("file_bytes", "The store's file, with the pages it can reuse", store.file_bytes)
         yield _gauge("free_disk_bytes", "Free on the disk of the store", store.free_disk_bytes)
         yield _gauge("set_aside_stores", "Earlier stores that could not be trusted", len(store.set_aside))
+        yield _gauge("bundles", "Bundles installed", len(self._cache.bundles.all()))
         yield _gauge("workers", "Threads that encode and decode", pool.n_workers)
         yield _gauge("queue_jobs", "Jobs that wait for a worker", pool.n_jobs)
         yield _gauge("queue_limit_bytes", "Blocks that may be in memory, in each direction", pool.limit_bytes)

@@ -11,6 +11,7 @@ belongs to one entry; pages in use stay within the quota. A block is only ever r
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ class Store:
             self._files.mark_clean()  # else the next start looks closely
         self._lock.release()
 
+    def replace_unless(self, can_decode: Callable[[pb.Entry], bool]) -> None:
+        """From now on a put replaces what cannot be decoded, as if it were not held."""
+        self._records.can_decode = can_decode
+
     @property
     def set_aside(self) -> list[str]:
         """Earlier stores that could not be trusted: where they are now, and why."""
@@ -191,6 +196,17 @@ class Store:
 
     def block_ids(self) -> Iterator[BlockId]:
         """All blocks, a page of them in each transaction."""
+        return (block_id for block_id, _ in self._blocks())
+
+    def blocks_of_bundle(self, bundle_id: bytes) -> list[BlockId]:
+        """The blocks that cannot be read without a bundle. Reads all entries."""
+        return [block_id for block_id, entry in self._blocks() if entry.fidelity.bundle_id == bundle_id]
+
+    def n_blocks_by_bundle(self) -> Counter[bytes]:
+        """How many blocks cannot be read without each bundle. Reads all entries."""
+        return Counter(entry.fidelity.bundle_id for _, entry in self._blocks() if entry.fidelity.bundle_id)
+
+    def _blocks(self) -> Iterator[tuple[BlockId, pb.Entry]]:
         start = b""
         while True:
             with self._env.begin() as txn:
@@ -201,7 +217,7 @@ class Store:
             for key, record in page:
                 model_id, block_hash = layout.split_key(key)
                 if entry := self._records.read(pb.Entry.FromString, key, record):
-                    yield BlockId(model_id, entry.namespace, block_hash)
+                    yield BlockId(model_id, entry.namespace, block_hash), entry
             if not page:
                 return
             start = page[-1][0] + b"\0"

@@ -19,7 +19,7 @@ import structlog
 
 from kvcached import border
 from kvcached.block import BlockId, KVBlock
-from kvcached.cache import Cache, Fetch
+from kvcached.cache import Cache, Fetch, Wish
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -127,6 +127,8 @@ class PutReceiver:
         try:
             spec = self._cache.model(header.model_id)
             block_id, entry = border.entry_of(header, spec, self._cache.config.max_block_bytes)
+            wish = Wish(border.store_as(header), header.store_as_bundle)
+            entry.fidelity.CopyFrom(self._cache.choose(spec, entry, wish).to_proto())
             self._cache.pool.puts.take(entry.source_bytes)
         except KvcachedError as error:
             self._cache.count_refused(error)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from support import ROOT_DIR, DaemonProcess
-from tables import RESULTS, filled
+from tables import DOCUMENTS, RESULTS, filled
 
-from kvcached.codec import container
+from kvcached.codec import bundle, container
 
 README = (ROOT_DIR / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,16 +31,23 @@ def test_the_programs_in_the_readme_run(program: str, daemon: DaemonProcess) -> 
     assert counters['block_hits_total{fidelity="EXACT"}'] >= 1
 
 
-def test_the_tables_in_the_readme_are_the_latest_results() -> None:
-    assert filled(README) == README
-    assert README.count("\n| ") > 20
+@pytest.mark.parametrize(
+    ("document", "n_rows"), list(zip(DOCUMENTS, (20, 15), strict=True)), ids=lambda x: str(x)[-10:]
+)
+def test_the_tables_in_documents_are_the_latest_results(document: Path, n_rows: int) -> None:
+    text = document.read_text()
+    assert filled(text) == text
+    assert text.count("\n| ") > n_rows
 
 
 def test_the_results_say_how_they_were_made() -> None:
     assert json.loads((RESULTS / "first_light.json").read_text())["command"] == "make bench"
+    assert json.loads((RESULTS / "codec.json").read_text())["command"] == "make bench-codec"
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/format.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/format.md", "docs/quality.md", "CHANGELOG.md"]
+)
 def test_every_file_that_a_document_names_is_there(document: str) -> None:
     text = (ROOT_DIR / document).read_text()
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if not target.startswith("http")]
@@ -67,3 +74,9 @@ def test_the_format_document_has_the_sizes_of_the_code() -> None:
     assert f"## Record: {container._RECORD.size} bytes" in text
     assert " ".join(f"{byte:02X}" for byte in container.MAGIC) in text
     assert f"| {container.VERSION} | 0.1.0 |" in text
+    assert f"| `format` | `{bundle.FORMAT}` |" in text
+    assert f"above {bundle.MAX_BYTES >> 30} GiB and headers above {bundle._MAX_HEADER_BYTES >> 20} MiB" in text
+    for kind in container.SectionKind:
+        assert f"| {kind} {kind.name} |" in text
+    for profile in bundle.PROFILES:
+        assert f"`{profile}`" in text

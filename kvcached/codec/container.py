@@ -56,6 +56,10 @@ class SectionKind(IntEnum):
 
     KEYS = 1  # of one layer, [n_kv_heads n_tokens key_dim]
     VALUES = 2
+    SINK_KEYS = 3  # of all layers, [n_layers n_kv_heads n_sinks key_dim]
+    SINK_VALUES = 4
+    KEY_PLANE = 5  # of a group of layers, [n_tokens n_features]: tokens after the sinks, keys without rotary positions
+    VALUE_PLANE = 6
     OPAQUE = 16  # a named tensor
 
 
@@ -63,6 +67,7 @@ class Coding(IntEnum):
     """How a section's payload became bytes. On disk: never renumber."""
 
     LOSSLESS = 1  # byte planes, codec/lossless.py
+    TRANSFORM = 2  # symbols of coefficients, codec/entropy.py, by a profile of the frame's bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Section:
-    """One coded tensor: `payload` becomes an array of `shape` and `dtype` by `coding`."""
+    """One coded tensor: `payload` becomes an array of `shape` and `dtype` by `coding`.
+
+    layer: of keys and values, their dense layer; of planes, their group of layers.
+    """
 
     kind: SectionKind
     coding: Coding

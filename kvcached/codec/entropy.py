@@ -53,8 +53,9 @@ def encode(symbols: Int32[np.ndarray, "n_rows n_components"], scale_index: UInt8
     states = np.empty(rans.N_LANES, np.int64)
     words, escapes = np.empty(rans.MAX_WORDS * columns.size + 1, np.uint16), np.empty(columns.size, np.int32)
     word, escape = rans.compiled().encode(columns, scale_index, tables(), states, words, escapes)
-    narrow, raw = _narrow(escapes[escape:]), _narrow(columns.reshape(-1))
-    if raw.nbytes <= narrow.nbytes + _STATES_BYTES + 2 * (len(words) - word):
+    narrow = _narrow(escapes[escape:])
+    if _width(columns) * columns.size <= narrow.nbytes + _STATES_BYTES + 2 * (len(words) - word):
+        raw = _narrow(columns.reshape(-1))
         return _HEADER.pack(raw.itemsize, raw.size) + raw.tobytes()
     coded = states.astype("<u4").tobytes() + words[word:].astype("<u2").tobytes()
     return _HEADER.pack(narrow.itemsize, narrow.size) + narrow.tobytes() + coded
@@ -195,9 +196,12 @@ def _decode_lanes(
 
 def _narrow(values: Int32[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """The values as the narrowest little-endian integers that hold them all."""
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    width = next(w for w in _WIDTHS if -(1 << 8 * w - 1) <= low and high < 1 << 8 * w - 1)
-    return values.astype(f"<i{width}")
+    return values.astype(f"<i{_width(values)}")
+
+
+def _width(values: Int32[np.ndarray, "..."]) -> int:
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    return next(w for w in _WIDTHS if -(1 << 8 * w - 1) <= low and high < 1 << 8 * w - 1)
 
 
 def _check(scale_index: UInt8[np.ndarray, "n_components"]) -> None:

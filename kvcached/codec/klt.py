@@ -109,14 +109,15 @@ def regularised(metric: Square, ridge: float = 0.1) -> Square:
 
 
 def project(rows: Plane, basis: Basis) -> Coefficients:
-    """Coefficients of rows. Inverse of `reconstruct` on the span of the basis."""
-    coefficients: Coefficients = (rows - basis.mean) @ basis.forward
-    return coefficients
+    """Coefficients of rows, in memory component by component. Inverse of `reconstruct` on the span of the basis."""
+    by_component: Float32[np.ndarray, "n_components n_rows"] = basis.forward.T @ (rows - basis.mean).T
+    return by_component.T
 
 
 def reconstruct(coefficients: Coefficients, basis: Basis) -> Plane:
     """Rows of coefficients."""
-    rows: Plane = coefficients @ basis.inverse + basis.mean
+    rows: Plane = coefficients @ basis.inverse
+    rows += basis.mean
     return rows
 
 

@@ -5,21 +5,21 @@ their rotary positions. Sink tokens draw attention from everywhere, so that a sm
 stay as they are. Sinks are the first tokens of a *text*, not the first of each block.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import BFloat16, Float16, Float32, Int32, Shaped
 
-from kvcached.block import KVBlock, LayerSpec, ModelSpec
+from kvcached.block import KVBlock, ModelSpec
 from kvcached.codec import rope
-from kvcached_client.tensors import DTYPES
 
 N_SINKS = 4  # absolute positions 0 to 3
 _LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 
 Plane = Float32[np.ndarray, "n_rows _features"]
-Rows = Float32[np.ndarray, "n_layers n_kv_heads n_rows dim"]
+LayerRows = Float32[np.ndarray, "n_kv_heads n_rows dim"]
+Turn = Callable[[LayerRows], LayerRows]
 Kept = (
     Float16[np.ndarray, "n_layers n_kv_heads n_tokens _dim"]
     | BFloat16[np.ndarray, "n_layers n_kv_heads n_tokens _dim"]
@@ -58,14 +58,10 @@ def split(block: KVBlock, spec: ModelSpec, layers_per_group: int) -> Planes:
     _check(keys, values, spec)
     sinks = n_sinks(block.first_position, block.n_source_tokens)
     positions = _positions(block.first_position, block.n_source_tokens)[sinks:]
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        key_rows = _turn(rope.remove, keys[:, :, sinks:].astype(np.float32), positions, spec.dense_layers)
-        value_rows = values[:, :, sinks:].astype(np.float32)
-    if not (np.isfinite(key_rows).all() and np.isfinite(value_rows).all()):
-        raise ValueError("keys and values that are not finite can only be kept exactly")
+    turns = _turns(positions, spec, inverse=True)
     return Planes(
-        keys=_planes(key_rows, layers_per_group),
-        values=_planes(value_rows, layers_per_group),
+        keys=_split(keys[:, :, sinks:], turns, layers_per_group),
+        values=_split(values[:, :, sinks:], [_as_it_is] * len(turns), layers_per_group),
         sink_keys=keys[:, :, :sinks],
         sink_values=values[:, :, :sinks],
         first_position=block.first_position,
@@ -82,17 +78,14 @@ def merge(planes: Planes, spec: ModelSpec, opaque: Mapping[str, Shaped[np.ndarra
         UnsupportedRopeError: the rotary positions of a layer cannot be applied.
     """
     _check(planes.sink_keys, planes.sink_values, spec)
-    key_rows, value_rows = _rows(planes.keys, planes.sink_keys), _rows(planes.values, planes.sink_values)
     sinks = planes.sink_keys.shape[2]
-    n_tokens = sinks + key_rows.shape[2]
+    n_tokens = sinks + max(map(len, planes.keys), default=0)
     if sinks != n_sinks(planes.first_position, n_tokens):
         raise ValueError(f"{n_tokens} tokens from position {planes.first_position} do not have {sinks} sinks")
-    positions = _positions(planes.first_position, n_tokens)[sinks:]
-    with np.errstate(over="ignore"):  # bounded when rounded
-        key_rows = _turn(rope.apply, key_rows, positions, spec.dense_layers)
+    turns = _turns(_positions(planes.first_position, n_tokens)[sinks:], spec)
     tensors = {
-        "keys": np.concatenate([planes.sink_keys, _rounded(key_rows, spec.kv_dtype)], axis=2),
-        "values": np.concatenate([planes.sink_values, _rounded(value_rows, spec.kv_dtype)], axis=2),
+        "keys": _merge(planes.keys, planes.sink_keys, n_tokens, turns),
+        "values": _merge(planes.values, planes.sink_values, n_tokens, [_as_it_is] * len(turns)),
     }
     return KVBlock.dense({**tensors, **opaque}, n_tokens, planes.first_position)
 
@@ -114,31 +107,54 @@ def _positions(first: int, n_tokens: int) -> Int32[np.ndarray, " n_tokens"]:
     return np.arange(first, first + n_tokens, dtype=np.int32)
 
 
-def _turn(
-    turn: Callable[..., Rows], rows: Rows, positions: Int32[np.ndarray, " n_rows"], layers: Sequence[LayerSpec]
-) -> Rows:
-    """Rotary positions on or off, for all layers of a kind at once: models mix layers with and without them."""
-    turned = np.empty_like(rows)
-    for kind in dict.fromkeys(layer.rope for layer in layers):
-        of_kind = [layer.rope == kind for layer in layers]
-        turned[of_kind] = turn(rows[of_kind], positions, kind)
-    return turned
+def _turns(positions: Int32[np.ndarray, " n_rows"], spec: ModelSpec, *, inverse: bool = False) -> list[Turn]:
+    """Rotary positions on or off, for each layer: models mix layers with and without them."""
+    kinds, dim = [layer.rope for layer in spec.dense_layers], spec.dense_shapes()["keys"][-1]
+    turns = {kind: rope.rotation(positions, kind, dim, inverse=inverse) for kind in dict.fromkeys(kinds)}
+    return [turns[kind] for kind in kinds]
 
 
-def _planes(rows: Rows, layers_per_group: int) -> tuple[Plane, ...]:
-    n_layers, n_kv_heads, n_rows, dim = rows.shape
-    groups = (rows[start : start + layers_per_group] for start in range(0, n_layers, layers_per_group))
-    # NumPy cannot infer the number of features where there are no rows.
-    return tuple(group.transpose(2, 0, 1, 3).reshape(n_rows, len(group) * n_kv_heads * dim) for group in groups)
+def _as_it_is(rows: LayerRows) -> LayerRows:
+    return rows
 
 
-def _rows(planes: tuple[Plane, ...], sinks: Kept) -> Rows:
-    n_layers, n_kv_heads, _, dim = sinks.shape
-    features = np.concatenate(planes, axis=1)
-    return features.reshape(len(features), n_layers, n_kv_heads, dim).transpose(1, 2, 0, 3)
+# Both go layer by layer, so that what is computed on lies in the cache of a core, and a block is passed over once.
 
 
-def _rounded(rows: Rows, kv_dtype: str) -> Kept:
-    limit = np.float32(_LARGEST[kv_dtype])
-    rounded: Kept = np.clip(rows, -limit, limit).astype(DTYPES[kv_dtype])
-    return rounded
+def _split(tensor: Kept, turns: Sequence[Turn], layers_per_group: int) -> tuple[Plane, ...]:
+    n_layers, n_kv_heads, n_rows, dim = tensor.shape
+    n_features, width = n_layers * n_kv_heads * dim, layers_per_group * n_kv_heads * dim
+    bounds = [(start, min(start + width, n_features)) for start in range(0, n_features, width)]
+    # One array under all, which gets large pages: the kernel takes as long to give small ones as all else here takes.
+    whole = np.empty(n_rows * n_features, np.float32)
+    planes = tuple(whole[n_rows * start : n_rows * stop].reshape(n_rows, stop - start) for start, stop in bounds)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        for layer, turn, out in zip(tensor, turns, _by_layer(planes, n_kv_heads, dim), strict=True):
+            out[:] = rows = turn(layer.astype(np.float32))
+            if not np.isfinite(rows).all():
+                raise ValueError("keys and values that are not finite can only be kept exactly")
+    return planes
+
+
+def _merge(
+    planes: Sequence[Plane], sinks: Kept, n_tokens: int, turns: Sequence[Turn]
+) -> Shaped[np.ndarray, "n_layers n_kv_heads _ _dim"]:
+    n_layers, n_kv_heads, n_sinks, dim = sinks.shape
+    layers = list(_by_layer(planes, n_kv_heads, dim))
+    if len(layers) != n_layers:
+        raise ValueError(f"expected planes of the model's {n_layers} layers, got those of {len(layers)}")
+    tensor = np.empty((n_layers, n_kv_heads, n_tokens, dim), sinks.dtype)
+    tensor[:, :, :n_sinks] = sinks
+    limit = np.float32(_LARGEST[sinks.dtype.name])
+    with np.errstate(over="ignore"):  # bounded when rounded
+        for layer, turn, out in zip(layers, turns, tensor, strict=True):
+            out[:, n_sinks:] = np.clip(turn(layer), -limit, limit)
+    return tensor
+
+
+def _by_layer(planes: Sequence[Plane], n_kv_heads: int, dim: int) -> Iterator[LayerRows]:
+    """Views of the planes; the layers of a group lie side by side. Raises ValueError for planes of other widths."""
+    for plane in planes:
+        n_rows, n_features = plane.shape
+        # NumPy cannot infer the number of layers where there are no rows.
+        yield from plane.reshape(n_rows, n_features // (n_kv_heads * dim), n_kv_heads, dim).transpose(1, 2, 0, 3)

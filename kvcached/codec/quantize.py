@@ -6,11 +6,14 @@ large ones, so that the mean of what fell into it lies below its middle. A step 
 coded: its symbols and values are 0.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from jaxtyping import Float32, Int32
 
-_MAX_SYMBOL = (1 << 31) - 1
+_SYMBOL_LIMIT = 1 << 31
 _MAX_STEP = 2.0**96  # times any symbol is still a float32
+_AT_ONCE = 64
 
 
 def quantize(
@@ -26,13 +29,15 @@ def quantize(
     _check(steps, "dead_zone", dead_zone)
     if not np.isfinite(coefficients).all():
         raise ValueError("coefficients are not all finite")
-    coded = steps > 0
-    scaled = coefficients / np.where(coded, steps, np.float32(1)).astype(np.float64)
-    magnitudes = np.floor(np.abs(scaled) + dead_zone)
-    magnitudes *= coded
-    if magnitudes.size and magnitudes.max() > _MAX_SYMBOL:
-        raise ValueError(f"a coefficient of {magnitudes.max():.3g} steps is beyond int32: the steps are too small")
-    return np.copysign(magnitudes, scaled).astype(np.int32)
+    divisors = np.where(steps > 0, steps, np.inf).astype(np.float64)  # a quotient rounded to float32 would err
+    symbols = np.empty_like(coefficients, np.int32)
+    for part in _parts(len(steps)):
+        scaled = coefficients[:, part] / divisors[part]
+        scaled += np.copysign(dead_zone, scaled)
+        if scaled.size and not max(scaled.max(), -scaled.min()) < _SYMBOL_LIMIT:
+            raise ValueError(f"a coefficient of {np.abs(scaled).max():.3g} steps is beyond int32: too small a step")
+        symbols[:, part] = scaled  # towards zero
+    return symbols
 
 
 def dequantize(
@@ -46,11 +51,18 @@ def dequantize(
         ValueError: a step or centroid that makes no sense.
     """
     _check(steps, "centroid", centroid)
-    values = symbols.astype(np.float32)
-    if centroid:
-        values -= np.float32(centroid) * np.sign(values)
-    values *= steps
-    return values
+    restored = np.empty_like(symbols, np.float32)
+    for part in _parts(len(steps)):
+        values = symbols[:, part].astype(np.float32)
+        values -= np.float32(centroid) * np.clip(values, -1, 1)  # of integers, the sign
+        np.multiply(values, steps[part], out=restored[:, part])
+    return restored
+
+
+def _parts(n_components: int) -> Iterator[slice]:
+    """Some components at a time: what is computed on stays in the cache of a core."""
+    for start in range(0, n_components, _AT_ONCE):
+        yield slice(start, start + _AT_ONCE)
 
 
 def _check(steps: Float32[np.ndarray, "n_components"], name: str, fraction: float) -> None:

@@ -29,28 +29,37 @@ def apply(x: Rows, positions: Positions, rope: RopeSpec) -> Rows:
     Raises:
         UnsupportedRopeError: the layout or scaling is unknown, incomplete, or does not fit the rows.
     """
-    return _rotate(x, positions, rope, inverse=False)
+    return rotation(positions, rope, x.shape[-1])(x)
 
 
 def remove(x: Rows, positions: Positions, rope: RopeSpec) -> Rows:
     """Inverse of `apply`, to float32 rounding. Raises the same."""
-    return _rotate(x, positions, rope, inverse=True)
+    return rotation(positions, rope, x.shape[-1], inverse=True)(x)
 
 
-def _rotate(x: Rows, positions: Positions, rope: RopeSpec, *, inverse: bool) -> Rows:
-    rotated = x.copy()
+def rotation(positions: Positions, rope: RopeSpec, dim: int, *, inverse: bool = False) -> Callable[[Rows], Rows]:
+    """`apply` for rows at these positions, or `remove`: angles, which all heads and layers share, are computed once.
+
+    Raises what `apply` does.
+    """
     if not rope.dims:
-        return rotated
-    frequencies, scale = _frequencies(rope, x.shape[-1])
+        return np.copy
+    frequencies, scale = _frequencies(rope, dim)
     angles = positions[:, None] * (-frequencies if inverse else frequencies)
     scale = 1 / scale if inverse else scale
     cos, sin = (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
     half, dims = rope.dims // 2, rope.dims
     first, second = (slice(0, dims, 2), slice(1, dims, 2)) if rope.interleaved else (slice(half), slice(half, dims))
-    a, b = x[..., first], x[..., second]
-    rotated[..., first] = a * cos - b * sin
-    rotated[..., second] = b * cos + a * sin
-    return rotated
+
+    def turn(x: Rows) -> Rows:
+        turned = np.empty(x.shape, np.float32)
+        turned[..., dims:] = x[..., dims:]
+        a, b = x[..., first], x[..., second]
+        np.subtract(a * cos, b * sin, out=turned[..., first])
+        np.add(b * cos, a * sin, out=turned[..., second])
+        return turned
+
+    return turn
 
 
 # ---- one angle per position for each pair (θ), and the factor s on the vectors

@@ -13,8 +13,8 @@ def row(bits: float, kl: float, seed: int = 0) -> Row:
     pattern = np.random.default_rng(seed).uniform(0.5, 1.5, (4, 8))
     stretches = kl * pattern / pattern.mean()
     ones = np.ones((4, 6))
-    loss = Loss(stretches, stretches, stretches, ones, ones, bits, 1, bits, 1)
-    return Row("r", bits, 16 / bits, 16 / bits, 0, kl, 0, 0, None, None, {}, loss)
+    loss = Loss(stretches, stretches, stretches, ones, ones, ones[:, :2], bits, 1, bits, 1)
+    return Row("r", bits, 16 / bits, 16 / bits, 0, kl, 0, 0, None, None, None, {}, loss)
 
 
 SWEEP = [row(8, 1e-4), row(4, 1e-2), row(2, 1)]

@@ -55,11 +55,11 @@ def test_without_the_prefix_nothing_is_found(probes: Probes) -> None:
 
     found = probes.retrieval(forget)
     assert found.accuracy().value < 0.05
-    assert found.delta().high < -50
+    assert found.delta().high < -0.5
 
 
-def test_deltas_are_points_and_paired() -> None:
+def test_deltas_are_parts_of_all_probes_and_paired() -> None:
     exact = [np.array([True] * 9 + [False])] * 4
     right = [np.array([True] * 8 + [False] * 2)] * 4
     delta = Retrieval(right, exact).delta()
-    assert delta == pytest.approx((-10, -10, -10))
+    assert delta == pytest.approx((-0.1, -0.1, -0.1))

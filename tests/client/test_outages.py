@@ -7,18 +7,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from impostors import impostor
 from support import DaemonProcess, chain, put_all, same_tensors, tiny_spec, wait_until
 
 from kvcached_client import CircuitBreaker, Client, Limits, Match
 from kvcached_client._proto import kvcached_pb2 as pb
-from kvcached_client.protocol import METHODS, SERVICE, write_chunk
+from kvcached_client.protocol import write_chunk
 
 SPEC = tiny_spec()
 TOKENS = list(range(16))
@@ -184,29 +184,6 @@ def test_a_server_that_speaks_something_else_is_a_miss(run_dir: Path, answer: by
         assert client.match(client.chain(TOKENS)) == Match()
         assert list(client.get(client.chain(TOKENS))) == [None] * 4
         assert refused(client.put(chain(client, TOKENS))) == UNAVAILABLE
-
-
-@contextmanager
-def impostor(**answers: Callable[..., Any]) -> Iterator[str]:
-    """A gRPC server with the right names, whose answers are bytes of the test's choice."""
-
-    def register(_request: bytes, _context: Any) -> bytes:
-        return pb.RegisterModelResponse(model_id=SPEC.model_id).SerializeToString()
-
-    handlers = {}
-    for name, answer in {"RegisterModel": register, **answers}.items():
-        factory = grpc.unary_unary_rpc_method_handler
-        if METHODS[name].streaming:
-            factory = grpc.stream_stream_rpc_method_handler
-        handlers[name] = factory(answer)
-    server = grpc.server(ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(0).wait()
 
 
 def header(**fields: Any) -> bytes:

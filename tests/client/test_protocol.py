@@ -96,7 +96,7 @@ def test_parts_are_described_in_words() -> None:
 
 
 def test_every_method_has_its_messages_and_only_put_and_get_stream() -> None:
-    assert {m.name for m in METHODS.values() if m.streaming} == {"Put", "Get"}
+    assert {m.name for m in METHODS.values() if m.answers_stream} == {"Put", "Get"}
     assert METHODS["Match"].path == f"/{SERVICE}/Match" == "/kvcached.v1.KvCache/Match"
     for service_method in pb.DESCRIPTOR.services_by_name["KvCache"].methods:
         method = METHODS[service_method.name]

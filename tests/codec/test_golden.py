@@ -1,4 +1,4 @@
-"""Frames of the past, as files: both readers find in them what the manifest says, for ever."""
+"""Frames and bundles of the past, as files: both readers find in them what the manifest says, for ever."""
 
 import hashlib
 import json
@@ -8,20 +8,27 @@ from typing import Any
 import numpy as np
 import pytest
 from codec.frames import PLENTY, allocating_at_most, tensors_of
-from golden import generate
+from golden import coded, generate
+from reference.bundle_reader import read_bundle
+from reference.coded_reader import read_coded
 from reference.frame_reader import Corrupt, Unsupported, read_frame
 
 from kvcached import codec, errors
 from kvcached.block import BlockId, FidelityKind
 from kvcached.codec import container
+from kvcached.codec.bundle import Bundle
 from kvcached_client.tensors import DTYPES
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "golden/v1"
 MANIFEST: dict[str, dict[str, dict[str, Any]]] = json.loads((DIRECTORY / "MANIFEST.json").read_text())
 FRAMES, ERRORS = MANIFEST["frames"], MANIFEST["errors"]
+BUNDLES, BUNDLE_ERRORS = MANIFEST["bundles"], MANIFEST["bundle_errors"]
+CODED, CODED_ERRORS = MANIFEST["coded"], MANIFEST["coded_errors"]
 CLASSES: dict[str, tuple[type[Exception], type[Exception]]] = {
     "CorruptFrameError": (errors.CorruptFrameError, Corrupt),
     "UnsupportedFrameError": (errors.UnsupportedFrameError, Unsupported),
+    "CorruptBundleError": (errors.CorruptBundleError, Corrupt),
+    "UnsupportedBundleError": (errors.UnsupportedBundleError, Unsupported),
 }
 
 
@@ -37,6 +44,14 @@ def frame_of(name: str) -> bytes:
     return (DIRECTORY / f"{name}.kvf").read_bytes()
 
 
+def bundle_of(entry: dict[str, Any]) -> bytes:
+    return (DIRECTORY / "bundles" / f"{entry['bundle']}.safetensors").read_bytes()
+
+
+def decoded_frame_of(name: str) -> bytes:
+    return (DIRECTORY / f"coded/{name}.decoded.kvf").read_bytes()
+
+
 def described(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Tensors as the manifest has them."""
     return {
@@ -46,14 +61,17 @@ def described(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def test_the_manifest_lists_every_file_and_nothing_else() -> None:
-    listed = {f"{name}.kvf" for name in FRAMES} | {f"errors/{name}.kvf" for name in ERRORS} | {"MANIFEST.json"}
+    listed = {generate.FILES[name].path for part in MANIFEST.values() for name in part}
+    listed |= {f"coded/{name}.decoded.kvf" for name in CODED} | {"MANIFEST.json"}
     assert {str(path.relative_to(DIRECTORY)) for path in DIRECTORY.rglob("*") if path.is_file()} == listed
 
 
-@pytest.mark.parametrize("name", [*FRAMES, *(f"errors/{name}" for name in ERRORS)])
-def test_golden_frames_are_the_bytes_they_were(name: str) -> None:
-    section = "errors" if name.startswith("errors/") else "frames"
-    assert sha256(frame_of(name)) == MANIFEST[section][Path(name).name]["sha256"]
+@pytest.mark.parametrize("name", [name for part in MANIFEST.values() for name in part])
+def test_golden_files_are_the_bytes_they_were(name: str) -> None:
+    golden = generate.FILES[name]
+    assert sha256((DIRECTORY / golden.path).read_bytes()) == MANIFEST[golden.part][name]["sha256"]
+    if golden.part == "coded":
+        assert sha256(decoded_frame_of(name)) == CODED[name]["decoded_sha256"]
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -85,13 +103,93 @@ def test_golden_errors_are_refused_by_both_readers_for_the_same_reason(name: str
             read_frame(frame)
 
 
+@pytest.mark.parametrize("name", BUNDLES)
+def test_golden_bundles_are_read_by_both_readers_and_written_again(name: str) -> None:
+    file = (DIRECTORY / f"bundles/{name}.safetensors").read_bytes()
+    assert len(file) < 100_000
+    bundle, second = Bundle.unpack(file), read_bundle(file)
+    assert bundle.bundle_id.hex() == second["id"].hex() == BUNDLES[name]["id"]
+    assert bundle.pack() == file
+    assert set(bundle.profiles) == set(second["profiles"])
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_both_readers_find_the_symbols_of_golden_coded_frames_bit_for_bit(name: str) -> None:
+    frame, entry = frame_of(f"coded/{name}"), CODED[name]
+    assert coded.symbols_entry(coded.symbols_of(frame, Bundle.unpack(bundle_of(entry)))) == entry["symbols"]
+    assert coded.symbols_entry(read_coded(frame, bundle_of(entry))["symbols"]) == entry["symbols"]
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_golden_coded_frames_decode_to_what_they_did_within_the_tolerance(name: str) -> None:
+    frame, entry = frame_of(f"coded/{name}"), CODED[name]
+    block = codec.decode(id_of(entry), frame, PLENTY, Bundle.unpack(bundle_of(entry)).coder(entry["profile"]))
+    second = read_coded(frame, bundle_of(entry))
+    for tensors in (block.to_tensors(), codec.decode(id_of(entry), decoded_frame_of(name), PLENTY).to_tensors()):
+        assert tensors.keys() == second["tensors"].keys()
+        for tensor, array in tensors.items():
+            assert array.dtype == second["tensors"][tensor].dtype
+            if tensor in second["exact"]:
+                distance = np.abs(array.astype(np.float64) - second["exact"][tensor])
+                assert (distance <= second["tolerance"][tensor]).all()
+            else:
+                assert array.tobytes() == second["tensors"][tensor].tobytes()
+    for field in ("first_position", "n_source_tokens"):
+        assert getattr(block, field) == second[field] == entry[field]
+    assert second["lineage"] == FidelityKind[entry["lineage"]]
+
+
+@pytest.mark.parametrize("name", CODED_ERRORS)
+def test_golden_coded_errors_are_refused_by_both_readers_for_the_same_reason(name: str) -> None:
+    frame, entry = frame_of(f"errors/{name}"), CODED_ERRORS[name]
+    (first, second), coder = CLASSES[entry["error"]], Bundle.unpack(bundle_of(entry)).coder(entry["profile"])
+    with pytest.raises(first):
+        codec.decode(id_of(entry), frame, PLENTY, coder)
+    with pytest.raises(second):
+        read_coded(frame, bundle_of(entry))
+
+
+@pytest.mark.parametrize("name", BUNDLE_ERRORS)
+def test_golden_bundle_errors_are_refused_by_both_readers_for_the_same_reason(name: str) -> None:
+    file = (DIRECTORY / f"errors/{name}.safetensors").read_bytes()
+    first, second = CLASSES[BUNDLE_ERRORS[name]["error"]]
+    with pytest.raises(first):
+        Bundle.unpack(file)
+    with pytest.raises(second):
+        read_bundle(file)
+
+
+def test_golden_coded_frames_cover_what_a_coded_frame_can_hold() -> None:
+    kinds, streams, scales, largest = set(), set(), set(), []
+    for name, entry in CODED.items():
+        coder = Bundle.unpack(bundle_of(entry)).coder(entry["profile"])
+        planes = {container.SectionKind.KEY_PLANE: coder.keys, container.SectionKind.VALUE_PLANE: coder.values}
+        for section in container.unpack(frame_of(f"coded/{name}"), PLENTY)[1]:
+            kinds.add(section.kind.name)
+            if section.kind in planes:
+                used = planes[section.kind][section.layer].tables.scales
+                width, n_escapes = section.payload[0], int.from_bytes(section.payload[1:5], "little")
+                form = "none" if not section.shape[0] * len(used) else "coded"
+                form = "raw" if form == "coded" and n_escapes == section.shape[0] * len(used) else form
+                streams.add((form, width, n_escapes > 0))
+                scales |= set(used.tolist()) if form == "coded" else set()
+        block = codec.decode(id_of(entry), frame_of(f"coded/{name}"), PLENTY, coder)
+        largest.append(float(np.abs(block.values.astype(np.float64)).max()))
+    assert kinds == {"SINK_KEYS", "SINK_VALUES", "KEY_PLANE", "VALUE_PLANE", "OPAQUE"}
+    assert {form for form, _, _ in streams} == {"none", "raw", "coded"}
+    assert {(form, width) for form, width, escaped in streams if escaped} >= {("coded", 2), ("coded", 4), ("raw", 1)}
+    assert min(scales) < 42 <= max(scales) - 6  # narrow and wide ones
+    assert max(largest) == 65504
+    assert {entry["lineage"] for entry in CODED.values()} == {kind.name for kind in FidelityKind}
+
+
 def test_golden_frames_cover_what_a_frame_can_hold() -> None:
     tensors = [tensor for entry in FRAMES.values() for tensor in entry["tensors"].items()]
     assert {t["dtype"] for name, t in tensors if name == "keys"} == {"float16", "bfloat16", "float32"}
     assert {t["dtype"] for name, t in tensors if name not in ("keys", "values")} == set(DTYPES)
     assert any("keys" not in entry["tensors"] for entry in FRAMES.values())
     assert {entry["lineage"] for entry in FRAMES.values()} == {kind.name for kind in FidelityKind}
-    assert {entry["error"] for entry in ERRORS.values()} == set(CLASSES)
+    assert {entry["error"] for entry in ERRORS.values()} == {"CorruptFrameError", "UnsupportedFrameError"}
 
 
 def test_golden_frames_hold_raw_and_compressed_planes() -> None:

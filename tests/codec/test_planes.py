@@ -229,11 +229,13 @@ def test_planes_that_are_not_those_of_the_model_are_refused() -> None:
     found = planes.split(text.block(), text.spec, 2)
     for wrong in (
         replace(found, keys=found.keys[:1]),
+        replace(found, keys=(), values=()),
         replace(found, values=()),
+        replace(found, values=(*found.values[:1], found.values[1][:, 1:])),
         replace(found, first_position=1),
         replace(found, first_position=9),
     ):
-        with pytest.raises(ValueError, match=r"reshape|concatenate|sinks"):
+        with pytest.raises(ValueError, match=r"expected planes|reshape|sinks"):
             planes.merge(wrong, text.spec, {})
 
 

@@ -76,6 +76,25 @@ def test_a_centroid_lowers_the_error_of_laplacian_coefficients() -> None:
     assert moved < 0.95 * plain
 
 
+def test_each_component_of_many_is_treated_as_if_it_were_alone() -> None:
+    rng = np.random.default_rng(0)
+    coefficients, steps = rng.laplace(size=(7, 200)).astype(np.float32), rng.uniform(0.01, 1, 200).astype(np.float32)
+    symbols = quantize(coefficients, steps, 0.4)
+    restored = dequantize(symbols, steps, 0.1)
+    for component in range(200):
+        alone, step = np.s_[:, component : component + 1], steps[component : component + 1]
+        assert np.array_equal(symbols[alone], quantize(coefficients[alone], step, 0.4))
+        assert np.array_equal(restored[alone], dequantize(symbols[alone], step, 0.1))
+
+
+def test_a_coefficient_too_large_is_refused_wherever_it_stands() -> None:
+    for component in (0, 63, 64, 199):
+        coefficients = np.zeros((2, 200), np.float32)
+        coefficients[1, component] = -3e9
+        with pytest.raises(ValueError, match="3e\\+09 steps is beyond int32"):
+            quantize(coefficients, np.ones(200, np.float32))
+
+
 def test_a_step_of_zero_is_not_coded() -> None:
     coefficients = np.full((3, 2), 1e20, np.float32)
     steps = np.array([0, 1e20], np.float32)

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import make_bundle
 from support import chain, tiny_spec, wait_until
 
 from kvcached.block import BlockId, KVBlock
-from kvcached.cache import Cache
+from kvcached.cache import Cache, Wish
 from kvcached.config import Config
-from kvcached.errors import PreconditionError, QuotaExceededError
+from kvcached.errors import PreconditionError, QuotaExceededError, UnsupportedFrameError
 from kvcached.metrics import Metrics
 from kvcached.pool import WorkerPool
 from kvcached.store import Store
-from kvcached_client import Block, Client
+from kvcached_client import Block, Client, RopeSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 
 SPEC = tiny_spec()
@@ -137,4 +138,33 @@ def test_a_put_that_fails_for_an_unknown_reason_is_answered_and_lets_go_of_its_r
             put(cache, block).result(30)
     assert cache.pool.puts.used_bytes == 0
     assert put(cache, block).result(30)[0] == pb.OUTCOME_STORED
+    cache.pool.close()
+
+
+def test_a_bundle_that_is_removed_leaves_nothing_in_memory(cache: Cache) -> None:
+    bundle = make_bundle(SPEC)
+    cache.bundles.install(bundle)
+    pipeline = cache._pipeline(SPEC)
+    pipeline.coder(bundle.bundle_id, "x8")
+    assert cache.remove_bundle(bundle.bundle_id, with_blocks=False) == 0
+    with pytest.raises(UnsupportedFrameError):
+        pipeline.coder(bundle.bundle_id, "x8")
+    cache.pool.close()
+
+
+def test_rotary_positions_that_cannot_be_removed_mean_exact_storage(cache: Cache) -> None:
+    rope = RopeSpec(dims=8, theta=1e4, scaling_json='{"type":"of tomorrow"}')
+    spec = replace(SPEC, layers=tuple(replace(layer, rope=rope) for layer in SPEC.layers), block_size=16)
+    bundle = replace(make_bundle(replace(SPEC, block_size=16), measured=["x8"]), spec=spec)
+    cache.register(spec)
+    cache.bundles.install(bundle)
+    with Client(spec) as client:
+        (block,) = chain(client, range(16))
+    entry = pb.Entry(n_tokens=16, parent_hash=block.parent_hash, lineage=pb.FIDELITY_KIND_EXACT)
+    entry.fidelity.CopyFrom(cache.choose(spec, entry, Wish()).to_proto())
+    assert entry.fidelity.profile == "x8"
+    kv = KVBlock.dense(block.tensors, 16, 0)
+    stored = cache.put(BlockId(spec.model_id, "", block.block_hash), entry, kv).result(30)[1]
+    assert stored.fidelity.kind == pb.FIDELITY_KIND_EXACT
+    assert cache.metrics.snapshot()['exact_fallback_blocks_total{reason="rope"}'] == 1
     cache.pool.close()

@@ -21,6 +21,12 @@ def test_the_later_door_wins(tmp_path: Path) -> None:
     assert config.queue_bytes == Config().queue_bytes
 
 
+def test_a_namespace_has_the_fidelity_of_its_own_or_that_of_all() -> None:
+    config = Config().updated({"fidelity": "exact", "namespace_fidelity": " a=x8,b=c=x16, =auto,,"})
+    found = {namespace: config.fidelity_of(namespace) for namespace in ("a", "b=c", "", "b", "A")}
+    assert found == {"a": "x8", "b=c": "x16", "": "auto", "b": "exact", "A": "exact"}
+
+
 def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("kvcached.config.default_file", lambda: tmp_path / "absent.toml")
     assert load({}, {}) == Config()
@@ -44,6 +50,10 @@ def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("quota_bytes", "99999999999999999999", "quota_bytes"),
         ("idle_seconds", "0", "greater than or equal to 1"),
         ("store_path", "", "a path must not be empty"),
+        ("fidelity", "x64", "'auto', 'exact', 'near-lossless', 'x8', 'x16' or 'x32'"),
+        ("namespace_fidelity", "chat", "NAMESPACE=FIDELITY, each once, expected"),
+        ("namespace_fidelity", "chat=x64", "got 'chat=x64'"),
+        ("namespace_fidelity", "chat=x8, chat=exact", "got 'chat=exact'"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
         ("log_json", "perhaps", "valid boolean"),
     ],

@@ -3,13 +3,17 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
+from bundles import make_bundle
 from support import tiny_spec
 
+from kvcached import pool as pool_module
 from kvcached.block import ModelSpec
-from kvcached.errors import OverloadedError, ShuttingDownError
-from kvcached.pool import ByteBudget, Lane, Pipeline, WorkerPool
+from kvcached.codec.bundle import PROFILES, Bundle
+from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
+from kvcached.pool import ByteBudget, Lane, Pipeline, WorkerPool, warm_kernels
 
 
 @pytest.fixture
@@ -35,6 +39,63 @@ def test_32_threads_that_race_for_a_pipeline_get_the_same_one_built_once(pool: W
     assert len(built) == 1
     assert {id(pipeline) for pipeline in pipelines} == {id(pipelines[0])}
     pool.close()
+
+
+def test_a_coder_is_built_once_and_gone_with_its_bundle(pool: WorkerPool) -> None:
+    spec, asked = tiny_spec(block_size=16), []
+    made = {bundle.bundle_id: bundle for bundle in (make_bundle(spec), make_bundle(spec, seed=1))}
+    first, second = made
+
+    def bundle_of(bundle_id: bytes) -> Bundle | None:
+        asked.append(bundle_id)
+        return made.get(bundle_id)
+
+    pipeline = pool.pipeline(spec, lambda spec: Pipeline(spec, bundle_of))
+    coders = {id(pipeline.coder(bundle_id, "x8")) for bundle_id in (first, second, first, second)}
+    assert (len(coders), asked) == (2, [first, second])
+    del made[first]
+    pool.forget(first)
+    with pytest.raises(UnsupportedFrameError, match=f"profile 'x8' of bundle {first.hex()} is needed"):
+        pipeline.coder(first, "x8")
+    assert id(pipeline.coder(second, "x8")) in coders
+    with pytest.raises(UnsupportedFrameError, match="profile 'x64' of bundle"):
+        pipeline.coder(second, "x64")
+    pool.close()
+
+
+def test_a_model_keeps_the_coders_that_were_used_last(pool: WorkerPool) -> None:
+    bundle, asked = make_bundle(tiny_spec(block_size=16)), []
+    pipeline = Pipeline(bundle.spec, lambda bundle_id: asked.append(bundle_id) or bundle)
+    for profile in (*PROFILES, *PROFILES):
+        pipeline.coder(bundle.bundle_id, profile)
+    assert len(asked) == 4
+    for bundle_id in (b"1", b"2", b"1", bundle.bundle_id):
+        pipeline.coder(bundle_id, "x32")
+    assert len(asked) == 6
+    pool.close()
+
+
+def test_kernels_are_warmed_once_however_many_ask_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, start = [], threading.Barrier(32)
+
+    def warm() -> None:
+        calls.append(1)
+        time.sleep(0.05)  # long enough for all others to arrive
+        if len(calls) == 1:
+            raise MemoryError
+
+    def ask(_: int) -> bool:
+        start.wait()
+        try:
+            warm_kernels()
+        except MemoryError:
+            return False
+        return True
+
+    monkeypatch.setattr(pool_module, "_warm_once", cache(warm))
+    with ThreadPoolExecutor(32) as threads:
+        assert sorted(threads.map(ask, range(32))) == [False] + [True] * 31
+    assert len(calls) == 2
 
 
 def test_models_do_not_wait_for_one_another(pool: WorkerPool) -> None:

@@ -1,6 +1,6 @@
-"""Writes golden frames, all or those named. Run by hand, once for each: `python tests/golden/generate.py [NAME...]`.
+"""Writes golden frames and bundles. Run by hand, once for each: `python tests/golden/generate.py [NAME...]`.
 
-Frames stay as they were written: later versions of the codec must read them, and nothing here replaces one.
+Files stay as they were written: later versions of the codec must read them, and nothing here replaces one.
 """
 
 import hashlib
@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from golden import coded
 
 from kvcached import codec
 from kvcached.block import BlockId, FidelityKind, KVBlock
@@ -157,27 +161,86 @@ def bad_frame(name: str) -> bytes:
     return BAD[name][1](codec.encode(block_id(name), KVBlock.dense(tensors, N_TOKENS, first_position=16)))
 
 
+class Golden(NamedTuple):
+    """A file to write, the part of the manifest that lists it, and what makes both; files of names before are there."""
+
+    part: str
+    path: str
+    make: Callable[[str, Path], tuple[bytes, dict[str, Any]]]
+
+
+def make_good(name: str, _directory: Path) -> tuple[bytes, dict[str, Any]]:
+    frame = good_frame(name)
+    return frame, good_entry(name, frame)
+
+
+def make_bad(name: str, _directory: Path) -> tuple[bytes, dict[str, Any]]:
+    frame = bad_frame(name)
+    return frame, {"sha256": sha256(frame), "error": BAD[name][0], **ids_of(name)}
+
+
+def make_bundle(name: str, _directory: Path) -> tuple[bytes, dict[str, Any]]:
+    file = coded.bundle_file(name)
+    return file, coded.bundle_entry(file)
+
+
+def make_bad_bundle(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    file = coded.bad_bundle(name, bundle_in(directory, "bundle-float16"))
+    return file, {"sha256": sha256(file), "error": coded.BAD_BUNDLES[name][0]}
+
+
+def make_coded(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """And beside it the frame of what it decodes to."""
+    bundle = bundle_in(directory, coded.FRAMES[name].bundle)
+    frame = coded.frame(name, block_id(name), bundle)
+    decoded = coded.decoded(name, block_id(name), frame, bundle)
+    with (directory / "coded" / f"{name}.decoded.kvf").open("xb") as opened:
+        opened.write(decoded)
+    return frame, {**coded.frame_entry(name, frame, bundle), "decoded_sha256": sha256(decoded)}
+
+
+def make_bad_coded(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    frame = coded.bad_frame(name, block_id(name), bundle_in(directory, "bundle-float16"))
+    named = {"bundle": "bundle-float16", "profile": "x8", **ids_of(name)}
+    return frame, {"sha256": sha256(frame), "error": coded.BAD_FRAMES[name][0], **named}
+
+
+def bundle_in(directory: Path, name: str) -> bytes:
+    return (directory / "bundles" / f"{name}.safetensors").read_bytes()
+
+
+def ids_of(name: str) -> dict[str, str]:
+    return {"model_id": block_id(name).model_id.hex(), "block_hash": block_id(name).block_hash.hex()}
+
+
+# Bundles come before the frames that were coded with them.
+FILES: dict[str, Golden] = {
+    **{name: Golden("frames", f"{name}.kvf", make_good) for name in GOOD},
+    **{name: Golden("errors", f"errors/{name}.kvf", make_bad) for name in BAD},
+    **{name: Golden("bundles", f"bundles/{name}.safetensors", make_bundle) for name in coded.RECIPES},
+    **{name: Golden("bundle_errors", f"errors/{name}.safetensors", make_bad_bundle) for name in coded.BAD_BUNDLES},
+    **{name: Golden("coded", f"coded/{name}.kvf", make_coded) for name in coded.FRAMES},
+    **{name: Golden("coded_errors", f"errors/{name}.kvf", make_bad_coded) for name in coded.BAD_FRAMES},
+}
+
+
 def main(names: list[str], directory: Path = DIRECTORY) -> None:
-    """Writes the frames named, or all, and adds them to the manifest."""
+    """Writes the files named, or all, and adds them to the manifest."""
     path = directory / "MANIFEST.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {"frames": {}, "errors": {}}
-    chosen = names or [*GOOD, *BAD]
-    if unknown := set(chosen) - {*GOOD, *BAD}:
-        sys.exit(f"no such frames: {', '.join(sorted(unknown))}")
-    files = {n: directory / f"{n}.kvf" if n in GOOD else directory / "errors" / f"{n}.kvf" for n in chosen}
-    taken = [n for n, file in files.items() if file.exists() or n in manifest["frames"] or n in manifest["errors"]]
-    if taken:
-        sys.exit(f"golden frames are never written again: {', '.join(taken)}")
-    (directory / "errors").mkdir(parents=True, exist_ok=True)
-    for name, file in files.items():
-        frame = good_frame(name) if name in GOOD else bad_frame(name)
-        with file.open("xb") as opened:
-            opened.write(frame)
-        if name in GOOD:
-            manifest["frames"][name] = good_entry(name, frame)
-        else:
-            ids = {"model_id": block_id(name).model_id.hex(), "block_hash": block_id(name).block_hash.hex()}
-            manifest["errors"][name] = {"sha256": sha256(frame), "error": BAD[name][0], **ids}
+    manifest = json.loads(path.read_text()) if path.exists() else {}
+    chosen = names or [*FILES]
+    if unknown := set(chosen) - set(FILES):
+        sys.exit(f"no such files: {', '.join(sorted(unknown))}")
+    listed = {name for part in manifest.values() for name in part}
+    if taken := [name for name in chosen if name in listed or (directory / FILES[name].path).exists()]:
+        sys.exit(f"golden files are never written again: {', '.join(taken)}")
+    for name in chosen:
+        golden = FILES[name]
+        (directory / golden.path).parent.mkdir(parents=True, exist_ok=True)
+        data, entry = golden.make(name, directory)
+        with (directory / golden.path).open("xb") as opened:
+            opened.write(data)
+        manifest.setdefault(golden.part, {})[name] = entry
     path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A second reader of frames, written from docs/format.md alone: slow, and obviously right.
+"""A second reader of frames, written from docs/format.md alone: slow, and obviously right. Planes are coded_reader's.
 
 It shares no code with kvcached on purpose, so that a mistake has to be made twice to go unseen.
 """
@@ -28,8 +28,12 @@ MAX_RECORDS_BYTES = 16 * 1024 * 1024
 MAX_DIMS = 8
 
 FIDELITIES = (COMPACTED, CODED, EXACT) = (1, 2, 3)
-KINDS = (KEYS, VALUES, OPAQUE) = (1, 2, 16)
-LOSSLESS = 1
+KEYS, VALUES, SINK_KEYS, SINK_VALUES, KEY_PLANE, VALUE_PLANE, OPAQUE = 1, 2, 3, 4, 5, 6, 16
+LOSSLESS, TRANSFORM = 1, 2
+CODINGS = {
+    **dict.fromkeys((KEYS, VALUES, SINK_KEYS, SINK_VALUES, OPAQUE), LOSSLESS),
+    **dict.fromkeys((KEY_PLANE, VALUE_PLANE), TRANSFORM),
+}
 DTYPES: dict[int, tuple[str, Any, int]] = {
     1: ("float16", np.float16, 2),
     2: ("bfloat16", ml_dtypes.bfloat16, 2),
@@ -51,7 +55,7 @@ Fields = dict[str, Any]
 
 
 def read_frame(frame: bytes) -> Fields:
-    """The fields of the header under their names in the document, and "sections"."""
+    """The fields of the header under their names in the document, and "sections", each with its array or payload."""
     header = _read_header(frame)
     records_end = HEADER_BYTES + header["records_bytes"]
     (expected,) = struct.unpack_from("<I", frame, records_end)
@@ -62,7 +66,9 @@ def read_frame(frame: bytes) -> Fields:
     payloads_start = records_end + CHECKSUM_BYTES
     if payloads_start + sum(record["payload_bytes"] for record in records) != len(frame):
         raise Corrupt("the payloads do not end where the frame ends")
-    _check_dense(header, records)
+    _check_kinds(header, records)
+    if header["fidelity"] != CODED:
+        _check_dense(header, records)
     return {**header, "sections": _read_sections(frame, payloads_start, records)}
 
 
@@ -153,7 +159,7 @@ def _read_record(data: bytes, at: int) -> tuple[Fields, int]:
     if at + RECORD_BYTES > len(data):
         raise Corrupt("a record goes beyond the end of the records")
     kind, coding, dtype, n_dims, layer, name_bytes, payload_bytes, checksum = struct.unpack_from("<BBBBHHQI", data, at)
-    if kind not in KINDS or coding != LOSSLESS or dtype not in DTYPES:
+    if kind not in CODINGS or coding != CODINGS[kind] or dtype not in DTYPES:
         raise Unsupported(f"kind {kind}, coding {coding}, dtype {dtype}")
     if n_dims > MAX_DIMS:
         raise Corrupt("too many dims")
@@ -163,7 +169,7 @@ def _read_record(data: bytes, at: int) -> tuple[Fields, int]:
     if end > len(data):
         raise Corrupt("a record goes beyond the end of the records")
     if name_bytes and kind != OPAQUE:
-        raise Corrupt("a dense section with a name")
+        raise Corrupt("a name on a section that is not opaque")
     shape = struct.unpack_from(f"<{n_dims}I", data, dims_start)
     record = {"kind": kind, "dtype": dtype, "layer": layer, "payload_bytes": payload_bytes, "crc32c": checksum}
     return {**record, "shape": shape, "name": _utf8(data[name_start:end])}, end
@@ -174,6 +180,13 @@ def _utf8(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Corrupt("a name that is not UTF-8") from error
+
+
+def _check_kinds(header: Fields, records: list[Fields]) -> None:
+    """No section of another fidelity."""
+    others = (KEYS, VALUES) if header["fidelity"] == CODED else (SINK_KEYS, SINK_VALUES, KEY_PLANE, VALUE_PLANE)
+    if any(record["kind"] in others for record in records):
+        raise Corrupt("a section that does not belong into a frame of this fidelity")
 
 
 def _check_dense(header: Fields, records: list[Fields]) -> None:
@@ -201,7 +214,10 @@ def _read_sections(frame: bytes, at: int, records: list[Fields]) -> list[Fields]
             raise Corrupt("the checksum of a payload does not match")
         section = {key: record[key] for key in ("kind", "layer", "name", "shape")}
         section["dtype"] = DTYPES[record["dtype"]][0]
-        section["array"] = _read_tensor(payload, record["dtype"], record["shape"])
+        if CODINGS[record["kind"]] == TRANSFORM:
+            section["payload"] = payload
+        else:
+            section["array"] = _read_tensor(payload, record["dtype"], record["shape"])
         sections.append(section)
     return sections
 

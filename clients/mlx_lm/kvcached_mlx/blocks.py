@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvcached_client import ROOT, Block, ModelSpec
+from kvcached_client import ROOT, Block, FidelityKind, ModelSpec
 
 from . import tree
 from .tree import UnsupportedCacheError
@@ -26,10 +26,12 @@ def to_blocks(
     hashes: Sequence[bytes],
     cache: Sequence[Any],
     wanted: Callable[[bytes], bool] = lambda _hash: True,
+    lineages: Sequence[FidelityKind] = (),
 ) -> list[Block]:
     """The full blocks of a prompt cache that holds exactly `token_ids`; copies, on the thread that calls.
 
     hashes: of the full blocks. wanted: which of them to take. The rest after the last full block is left out.
+    lineages: of the full blocks; empty: all EXACT.
 
     Raises:
         UnsupportedCacheError: the cache is not what the spec describes, does not hold these tokens, or has state that
@@ -61,6 +63,7 @@ def to_blocks(
                     tensors=tensors | (state_np if is_last else {}),
                     first_position=start,
                     boundary=is_last,
+                    lineage=lineages[index] if lineages else FidelityKind.EXACT,
                 )
             )
     return blocks
@@ -93,6 +96,22 @@ def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: Sequence[Any]) 
     except (KeyError, ValueError, IndexError) as error:
         raise UnsupportedCacheError(f"the blocks do not make a cache of this model: {error!r}") from None
     mx.eval(list(arrays.values()))
+
+
+def dense_rows(spec: ModelSpec, cache: Sequence[Any], start: int, stop: int) -> dict[str, np.ndarray]:
+    """ "keys" and "values" of some tokens of a prompt cache, [n_dense_layers, n_kv_heads, stop - start, dim].
+
+    Raises:
+        UnsupportedCacheError: the cache is not what the spec describes.
+    """
+    rows: tree.Arrays = {}
+    for i, layer in enumerate(spec.layers):
+        if not layer.opaque:
+            tokens, _ = tree.read(cache[i])
+            _check_dense(spec, i, tokens)
+            rows |= {f"layers.{i}.{name}": array[:, :, start:stop] for name, array in tokens.items()}
+    mx.eval(list(rows.values()))
+    return _join_dense(spec, {name: tree.to_numpy(array)[0] for name, array in rows.items()})
 
 
 def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, tree.Arrays]:

@@ -84,7 +84,8 @@ def _time_restore(
 ) -> float:
     """Seconds from asking for blocks to a cache made of them; 0 if there is no daemon to do it with."""
     hashes = probe.chain(token_ids)
-    if any(result.code != "OK" for result in probe.put(blocks.to_blocks(spec, token_ids, hashes, cache))):
+    results = probe.put(blocks.to_blocks(spec, token_ids, hashes, cache), store_as="exact")
+    if any(result.code != "OK" for result in results):
         return 0.0
     start = time.perf_counter()
     fetched = [block for block in probe.get(hashes) if block]

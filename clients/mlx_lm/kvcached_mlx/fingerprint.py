@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import hf_repo_to_path
 
 from kvcached_client import Fingerprint, LayerKind, LayerSpec, ModelSpec, RopeSpec
 from kvcached_client.spec import DENSE_DTYPES
@@ -51,6 +52,11 @@ def model_spec(
         layers=layers,
         name=directory.resolve().name,
     )
+
+
+def model_directory(model: str) -> Path:
+    """Where a model's files are, given a directory or the name of a repository that mlx-lm has downloaded."""
+    return Path(model) if Path(model).is_dir() else Path(hf_repo_to_path(model))
 
 
 def fresh_cache(model: Any, kv_bits: int | None = None, kv_group_size: int = 64) -> list[Any]:

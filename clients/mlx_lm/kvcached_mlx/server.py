@@ -20,13 +20,15 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm import server
-from mlx_lm.utils import hf_repo_to_path
 
-from kvcached_client import Client, Fingerprint, Limits
+from kvcached_client import Client, Connection, FidelityKind, Fingerprint, Limits
 from kvcached_client.paths import check_target
 
 from .breakeven import BreakEven, measure
-from .fingerprint import fingerprint, fresh_cache, model_spec
+from .calibrate import DEFAULT_TOKENS, Plan, bundle_of, calibrate_engine
+from .fingerprint import fingerprint, fresh_cache, model_directory, model_spec
+from .loss import Engine
+from .policy import Policy
 from .prompt_cache import OffloadingPromptCache
 from .store import PromptStore
 
@@ -73,20 +75,21 @@ class Stores:
         flags = provider.cli_args
         kv_bits, kv_group_size = getattr(flags, "kv_bits", None), getattr(flags, "kv_group_size", 64)
         spec = model_spec(
-            provider.model, _directory(path), adapter_path=adapter, kv_bits=kv_bits, kv_group_size=kv_group_size
+            provider.model, model_directory(path), adapter_path=adapter, kv_bits=kv_bits, kv_group_size=kv_group_size
         )
         if files_before not in (None, spec.fingerprint):
             raise RuntimeError("the files of the model changed while it was loaded")
         if spec.model_id in self._all:
             return self._all[spec.model_id]
         make_cache = functools.partial(_fresh_cache, provider, kv_bits, kv_group_size)
+        if self._options.calibrate:
+            self._calibrate(Engine(provider.model, provider.tokenizer, spec, make_cache))
         store = PromptStore(
             provider.model,
             self._client(spec, self._options.namespace, _LIMITS),
             make_cache=make_cache,
+            policy=self._policy(flags.quantized_kv_start if kv_bits else 0),
             break_even=self._break_even(provider.model, spec, make_cache),
-            # mlx-lm keeps shorter caches in full precision
-            min_tokens=flags.quantized_kv_start if kv_bits else 0,
             queue_bytes=self._options.offload_queue_bytes,
             name=f"mlx_lm.server {mlx_lm.__version__}",
         )
@@ -94,6 +97,29 @@ class Stores:
         store.announce()
         self._all[spec.model_id] = store
         return store
+
+    def _calibrate(self, engine: Engine) -> None:
+        """Unless the model has a bundle that was measured; whatever goes wrong, it is served, and kept exactly."""
+        try:
+            with Connection(self._options.target) as connection:
+                bundle = bundle_of(connection, engine.spec.model_id)
+            if bundle is None:
+                plan = Plan(self._options.calibrate_tokens)
+                log.info("calibrating on %d tokens, before serving", plan.n_tokens)
+                paths = self._options.calibrate_text
+                bundle = calibrate_engine(
+                    engine, plan, target=self._options.target, paths=paths, progress=ProgressInLog()
+                )
+            for profile in filter(lambda profile: profile.HasField("measured"), bundle.profiles):
+                log.info("bundle %s, %s: %s", bundle.bundle_id.hex()[:12], profile.name, _figures(profile.measured))
+        except Exception as error:  # noqa: BLE001 - whatever a model is, it can be served without us
+            log.warning("not calibrated, prompt caches are kept exactly: %s", error)
+
+    def _policy(self, min_tokens: int) -> Policy:
+        """min_tokens: mlx-lm keeps shorter caches in full precision."""
+        options = self._options
+        floor = FidelityKind[options.floor.upper()]
+        return Policy(floor=floor, recompute=options.recompute, store_as=options.fidelity or "", min_tokens=min_tokens)
 
     def _break_even(self, model: Any, spec: Any, make_cache: Any) -> BreakEven:
         with self._client(spec, _PROBE_NAMESPACE, _PROBE_LIMITS) as probe:
@@ -103,14 +129,30 @@ class Stores:
         return Client(spec, namespace=namespace, target=self._options.target, limits=limits)
 
 
+class ProgressInLog:
+    """Progress as lines in the log, one for each tenth of each step."""
+
+    def __init__(self) -> None:
+        self._told: tuple[str, int] = ("", 0)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if (now := (what, 10 * done // max(total, 1))) != self._told:
+            self._told = now
+            log.info("calibration, %s: %d of %d", what, done, total)
+
+
+def _figures(measured: Any) -> str:
+    """What was measured, in a line."""
+    return (
+        f"{measured.compression:.1f}x smaller, KL {measured.kl:.2g} nats a token, perplexity "
+        f"{measured.perplexity_delta:+.2f} % ({measured.perplexity_delta_low:+.2f} to "
+        f"{measured.perplexity_delta_high:+.2f})"
+    )
+
+
 def _fresh_cache(provider: Any, kv_bits: int | None, kv_group_size: int) -> list[Any]:
     """Of the model that is loaded now: a closure over the model itself would keep it in memory for ever."""
     return fresh_cache(provider.model, kv_bits, kv_group_size)
-
-
-def _directory(path: str) -> Path:
-    """Where a model's files are, given a directory or the name of a repository that mlx-lm has downloaded."""
-    return Path(path) if Path(path).is_dir() else Path(hf_repo_to_path(path))
 
 
 def _unsupported(provider: Any) -> str:
@@ -170,10 +212,40 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="memory for what waits to be sent; more is dropped (default: 1 GiB)",
     )
+    _add_fidelity_flags(group)
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
         print("\nand all flags of mlx_lm.server:\n")
     return parser.parse_known_args(arguments)
+
+
+def _add_fidelity_flags(group: Any) -> None:
+    group.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="before serving a model that has no measured bundle, make one: minutes; what fails is logged only",
+    )
+    group.add_argument(
+        "--calibrate-text", nargs="+", type=Path, default=(), metavar="FILE",
+        help="text for that, UTF-8 (default: a small corpus of code, prose and markup)",
+    )  # fmt: skip
+    group.add_argument(
+        "--calibrate-tokens", type=_positive, default=DEFAULT_TOKENS, metavar="N",
+        help=f"tokens of it to fit on (default: {DEFAULT_TOKENS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--fidelity",
+        choices=["exact", "near-lossless", "x8", "x16", "x32"],
+        help="how blocks are stored (default: as the daemon's settings say: x8 once a model is calibrated)",
+    )
+    group.add_argument(
+        "--floor", choices=["exact", "coded"], default="coded",
+        help="the lowest fidelity that is restored (default: coded)",
+    )  # fmt: skip
+    group.add_argument(
+        "--recompute", type=_not_negative, default=Policy().recompute, metavar="N",
+        help="tokens at the end of a prompt to compute anew where its prefix is not exact (default: 128)",
+    )  # fmt: skip
 
 
 def _target(text: str) -> str:
@@ -186,6 +258,12 @@ def _target(text: str) -> str:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 

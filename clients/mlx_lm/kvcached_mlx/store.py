@@ -11,16 +11,20 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcached_client import Block, Client, Match
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from kvcached_client import Block, Client, FidelityKind
 from kvcached_client._proto import kvcached_pb2 as pb
 
 from . import blocks
 from .breakeven import BreakEven
 from .fingerprint import fresh_cache
+from .lineage import Lineage
+from .policy import Policy, held_of
 from .tree import UnsupportedCacheError
 
 log = logging.getLogger(__name__)
@@ -43,8 +47,8 @@ class PromptStore:
     """Prompt caches of one model in one daemon and namespace.
 
     make_cache: gives an empty prompt cache of the classes that the client's spec describes.
+    policy: how much may be lost.
     break_even: decides whether a held prefix is worth fetching; learns from each restore.
-    min_tokens: shorter prefixes are not restored.
     name: of this engine, for the daemon's status.
     """
 
@@ -54,17 +58,20 @@ class PromptStore:
         client: Client,
         *,
         make_cache: Callable[[], list[Any]] | None = None,
+        policy: Policy | None = None,
         break_even: BreakEven | None = None,
-        min_tokens: int = 0,
         queue_bytes: int = 1 << 30,
         name: str = "mlx-lm",
     ) -> None:
         self.spec, self.client = client.spec, client
         self.counts = Counts()
         self.break_even = break_even or BreakEven()
-        self._name, self._min_tokens = name, min_tokens
+        self.policy = policy or Policy()
+        self._name, self._lineage = name, Lineage(self.spec.block_size)
         self._make_cache = make_cache or (lambda: fresh_cache(model))
-        self._classes = [type(entry) for entry in self._make_cache()]
+        empty = self._make_cache()
+        self._classes = [type(entry) for entry in empty]
+        self._can_cut = can_trim_prompt_cache(empty) and not self.spec.needs_boundary
         self._limit_bytes = queue_bytes
         self._state = threading.Condition()  # guards what follows, and the counts
         self._waiting_bytes = 0
@@ -79,24 +86,25 @@ class PromptStore:
     def restore(self, token_ids: Sequence[int], *, n_local: int = 0) -> tuple[list[Any], int]:
         """A prompt cache with the longest prefix that the daemon has, and its number of tokens.
 
-        At least one token is left to feed. (empty cache, 0) for a miss, for whatever reason: nothing longer than the
-        `n_local` tokens that the caller has anyway is held, or computing the rest is faster than fetching it all.
+        At least one token is left to feed, and of a prefix that is not exact so many as the policy says. (empty cache,
+        0) for a miss, for whatever reason: nothing longer than the `n_local` tokens that the caller has anyway is held,
+        or computing the rest is faster than fetching it all.
         """
         cache, n_tokens = self._make_cache(), 0
         if self._closed:
             return cache, n_tokens
-        hashes = self.client.chain(token_ids[:-1])
-        if len(hashes) * self.spec.block_size > n_local:
-            fetched = self._fetch(hashes, n_local)
-            try:
-                if fetched:
-                    start = time.perf_counter()
-                    blocks.from_blocks(self.spec, fetched.blocks, cache)
-                    n_tokens = len(fetched.blocks) * self.spec.block_size
-                    self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
-            except UnsupportedCacheError as error:
-                log.warning("restored blocks do not fit, taken as a miss: %s", error)
-                cache, n_tokens = self._make_cache(), 0
+        fetched = self._fetch(token_ids, n_local)
+        try:
+            if fetched:
+                start = time.perf_counter()
+                blocks.from_blocks(self.spec, fetched.blocks, cache)
+                trim_prompt_cache(cache, len(fetched.blocks) * self.spec.block_size - fetched.n_tokens)
+                n_tokens = fetched.n_tokens
+                self._lineage.restored(token_ids, fetched.blocks, n_tokens)
+                self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
+        except UnsupportedCacheError as error:
+            log.warning("restored blocks do not fit, taken as a miss: %s", error)
+            cache, n_tokens = self._make_cache(), 0
         with self._state:
             self.counts.prompt_tokens += len(token_ids)
             self.counts.local_tokens += 0 if n_tokens else n_local
@@ -104,53 +112,54 @@ class PromptStore:
         self._queue.put([])
         return cache, n_tokens
 
-    def _fetch(self, hashes: Sequence[bytes], n_local: int) -> "_Fetched | None":
+    def _fetch(self, token_ids: Sequence[int], n_local: int) -> "_Fetched | None":
         """The blocks to make a cache of; None if there are none, or if they do not pay."""
-        start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
-        match = self.client.match(hashes, request_id=request_id)
-        n_blocks = self._usable(match)
-        n_held = n_blocks * self.spec.block_size
-        if n_held < self._min_tokens or not self.break_even.pays(n_local, n_held):
+        hashes = self.client.chain(token_ids[:-1])
+        if len(hashes) * self.spec.block_size <= n_local:
             return None
-        timeout = self.break_even.patience(n_local, n_held)
+        start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
+        match = self.client.match(hashes, floor=self.policy.floor, request_id=request_id)
+        n_blocks, n_tokens = self._usable(match.blocks, len(token_ids))
+        if n_tokens < self.policy.min_tokens or not self.break_even.pays(n_local, n_tokens):
+            return None
+        timeout = self.break_even.patience(n_local, n_tokens)
         fetched: list[Block] = []
-        for block in self.client.get(hashes[:n_blocks], request_id=request_id, timeout=timeout):
+        wanted = hashes[:n_blocks]
+        for block in self.client.get(wanted, floor=self.policy.floor, request_id=request_id, timeout=timeout):
             if block is None:
                 break
             fetched.append(block)
-        n_fetched = len(fetched) * self.spec.block_size
-        is_cut = len(fetched) < n_blocks and self.spec.needs_boundary  # the state was in the last block
-        if is_cut or n_fetched <= n_local or n_fetched < self._min_tokens:
+        n_blocks, n_tokens = self._usable(fetched, len(token_ids))  # what came may be less, or worse
+        if n_tokens <= n_local or n_tokens < self.policy.min_tokens:
             return None
         seconds = time.perf_counter() - start
-        log.info("restored %d tokens in %.3f s, request %s", n_fetched, seconds, request_id)
-        return _Fetched(fetched, seconds)
+        log.info("restored %d tokens in %.3f s, request %s", n_tokens, seconds, request_id)
+        return _Fetched(fetched[:n_blocks], n_tokens, seconds)
 
-    def _usable(self, match: Match) -> int:
-        """How many blocks of a match can be used: all, or up to the last one with the state of all layers."""
-        if not self.spec.needs_boundary:
-            return len(match.blocks)
-        return max((i + 1 for i, block in enumerate(match.blocks) if block.boundary), default=0)
+    def _usable(self, held: Iterable[pb.HeldBlock | Block], n_prompt: int) -> tuple[int, int]:
+        return self.policy.usable([held_of(block) for block in held], n_prompt, self.spec, self._can_cut)
 
     # ---- out
 
     def offload(self, token_ids: Sequence[int], cache: Sequence[Any]) -> int:
         """Takes the full blocks of a prompt cache that holds exactly `token_ids`; how many were queued.
 
-        Blocks that the daemon has, or that are on their way, are not taken again.
+        Blocks that the daemon has, that it gave us at a loss, or that are on their way are not taken.
         """
         if [type(entry) for entry in cache] != self._classes:
             log.warning("prompt cache of %d tokens not offloaded: not of the classes of this model", len(token_ids))
             return 0
         hashes = self.client.chain(token_ids)
-        held = set(self.client.match(hashes, before_put=True).hashes)
-        with self._state:
-            held |= self._on_their_way
+        lineages = self._lineage.of(token_ids, hashes)
+        held = self._held(hashes, lineages)
         try:
-            taken = blocks.to_blocks(self.spec, token_ids, hashes, cache, wanted=lambda block: block not in held)
+            taken = blocks.to_blocks(
+                self.spec, token_ids, hashes, cache, wanted=lambda block: block not in held, lineages=lineages
+            )
         except UnsupportedCacheError as error:
             log.warning("prompt cache of %d tokens not offloaded: %s", len(token_ids), error)
             return 0
+        taken = [block for block in taken if not self._lineage.was_given(block.block_hash)]
         if not taken:
             return 0
         n_bytes = _n_bytes(taken)
@@ -163,6 +172,13 @@ class PromptStore:
             self._on_their_way.update(block.block_hash for block in taken)
             self._queue.put(taken)
         return len(taken)
+
+    def _held(self, hashes: Sequence[bytes], lineages: Sequence[FidelityKind]) -> set[bytes]:
+        """The blocks that need not be put."""
+        lowest = FidelityKind.COMPACTED
+        match = self.client.match(hashes, floor=lowest, accepts_compacted=True, before_put=True)
+        with self._state:
+            return self.policy.held(match, lineages) | self._on_their_way
 
     def _no_room(self, n_bytes: int) -> str:
         """Why nothing of this size can be queued; empty if it can."""
@@ -205,7 +221,7 @@ class PromptStore:
 
     def _send(self, taken: list[Block]) -> None:
         request_id = uuid.uuid4().hex[:16]
-        results = self.client.put(taken, request_id=request_id)
+        results = self.client.put(taken, store_as=self.policy.store_as, request_id=request_id)
         answered = [result for result in results if result.code == "OK"]
         with self._state:
             self.counts.sent += len(answered)
@@ -236,9 +252,10 @@ class PromptStore:
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """Consecutive blocks, and the seconds that they took to come."""
+    """Consecutive blocks, how many of their tokens to keep, and the seconds that they took to come."""
 
     blocks: list[Block]
+    n_tokens: int
     seconds: float
 
 

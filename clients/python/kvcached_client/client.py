@@ -155,15 +155,19 @@ class Client:
             log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, len(hashes), error)
         yield from [None] * (len(hashes) - n_yielded)
 
-    def put(self, blocks: Sequence[Block], *, request_id: str = "") -> list[pb.PutResult]:
+    def put(
+        self, blocks: Sequence[Block], *, store_as: str = "", store_as_bundle: bytes = b"", request_id: str = ""
+    ) -> list[pb.PutResult]:
         """Stores blocks, parents first, and waits until they are committed: one result for each, refused or not.
 
+        store_as: "exact" or a profile, of `store_as_bundle` if that is given; otherwise as the daemon's settings say.
         At most `limits.in_flight_bytes` (but one block at least) are sent ahead of their results.
 
         Raises:
             ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range.
         """
-        upload = _Upload(self, blocks, _printable(request_id) or uuid.uuid4().hex[:16])
+        request_id = _printable(request_id) or uuid.uuid4().hex[:16]
+        upload = _Upload(self, blocks, store_as=store_as, store_as_bundle=store_as_bundle, request_id=request_id)
         reason = "nobody answers (circuit breaker is open)"
         try:
             with _Attempt(self) as attempt:
@@ -246,10 +250,13 @@ class _Attempt:
 
 
 class _Upload:
-    """The sending side of a Put: headers and data, never more than the window ahead of the results."""
+    """The sending side of a Put: headers and data, never more than the window ahead of the results.
 
-    def __init__(self, client: Client, blocks: Sequence[Block], request_id: str) -> None:
-        self._client, self._request_id = client, request_id
+    fields: of every header, beside those that describe the block.
+    """
+
+    def __init__(self, client: Client, blocks: Sequence[Block], **fields: Any) -> None:
+        self._client, self._fields = client, fields
         self._blocks = blocks
         self._headers = [self._header(block) for block in blocks]  # here, where the caller can be told
         self._room = threading.Condition()
@@ -281,7 +288,7 @@ class _Upload:
             boundary=block.boundary,
             tensors=described,
             data_bytes=tensors.nbytes(described),
-            request_id=self._request_id,
+            **self._fields,
         )
 
     def _wait_for_room(self, header: pb.Header) -> bool:

@@ -1,7 +1,8 @@
 """Calls to a daemon that raise when they fail: for tools. Engines use `Client`, which never does."""
 
+import queue
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -10,6 +11,8 @@ from . import protocol
 from ._proto import kvcached_pb2 as pb
 from .paths import check_target, default_target
 from .protocol import METHODS, Part
+
+_REQUESTS_AHEAD = 8  # of a stream, made and not sent yet: of at most a chunk each
 
 
 class DaemonError(Exception):
@@ -42,8 +45,14 @@ class Connection:
         self._closed = False
 
     def _bind(self, method: protocol.Method) -> Any:
-        factory = self._channel.stream_stream if method.streaming else self._channel.unary_unary
-        return factory(method.path, method.write_request, method.read_response)
+        factories: dict[tuple[bool, bool], Any] = {
+            (False, False): self._channel.unary_unary,
+            (True, False): self._channel.stream_unary,
+            (True, True): self._channel.stream_stream,
+        }
+        return factories[method.sends_stream, method.answers_stream](
+            method.path, method.write_request, method.read_response
+        )
 
     def call(self, name: str, request: Any, timeout: float = 10.0) -> Any:
         """One request, one response. Raises DaemonError."""
@@ -57,6 +66,35 @@ class Connection:
     def get(self, request: pb.GetRequest, timeout: float) -> Iterator[Part]:
         """Headers and data as they come. Raises DaemonError."""
         return self._stream("Get", iter([request]), timeout)
+
+    def calibrate(self, parts: Iterable[pb.CalibrateRequest], timeout: float) -> pb.CalibrateResponse:
+        """Calibrates a model; see `tensors.calibrate_requests`. Raises DaemonError, and whatever `parts` raises."""
+        response: pb.CalibrateResponse = self._gather("Calibrate", parts, timeout)
+        return response
+
+    def install_bundle(self, pieces: Iterable[pb.InstallBundleRequest], timeout: float) -> pb.InstallBundleResponse:
+        """Installs a bundle from its bytes. Raises DaemonError, and whatever `pieces` raises."""
+        response: pb.InstallBundleResponse = self._gather("InstallBundle", pieces, timeout)
+        return response
+
+    def _gather(self, name: str, requests: Iterable[Any], timeout: float) -> Any:
+        """A stream of requests, and the one response. Requests are made on the thread that calls: gRPC would make them
+        on one of its own, where an engine's arrays may not be touched, and would hide what goes wrong there.
+        """
+        ahead: queue.Queue[Any] = queue.Queue(_REQUESTS_AHEAD)
+        with self._raising_daemon_errors():
+            call = self._calls[name].future(iter(ahead.get, None), timeout=timeout)
+            try:
+                for request in requests:
+                    if not _hand_over(request, ahead, call):
+                        break
+                _hand_over(None, ahead, call)
+                return call.result()
+            except grpc.FutureCancelledError:  # by the other side, or by `close`
+                raise DaemonError("CANCELLED", "the call was cancelled") from None
+            finally:
+                call.cancel()
+                _end(ahead)
 
     def _stream(self, name: str, requests: Iterator[Any], timeout: float) -> Iterator[Any]:
         with self._raising_daemon_errors():
@@ -95,6 +133,27 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _hand_over(request: Any, ahead: "queue.Queue[Any]", call: Any) -> bool:
+    """Whether a call that still goes on has taken a request; waits while too many are on their way."""
+    while not call.done():
+        with suppress(queue.Full):
+            ahead.put(request, timeout=0.1)
+            return True
+    return False
+
+
+def _end(ahead: "queue.Queue[Any]") -> None:
+    """Lets go of gRPC's thread, which waits for requests of a call that is over."""
+    while True:
+        try:
+            ahead.put_nowait(None)
+        except queue.Full:
+            with suppress(queue.Empty):
+                ahead.get_nowait()
+        else:
+            return
 
 
 def _daemon_error(error: grpc.RpcError) -> DaemonError:

@@ -85,7 +85,8 @@ class Method:
     """One call of the service: its shape, and how its messages become bytes and back."""
 
     name: str
-    streaming: bool
+    sends_stream: bool  # the client, requests
+    answers_stream: bool  # the server, responses
     write_request: Callable[[Any], bytes]
     read_request: Callable[[bytes], Any]
     write_response: Callable[[Any], bytes]
@@ -103,8 +104,8 @@ def _method(descriptor: Any) -> Method:
         cls = getattr(pb, message.name)
         return cls.SerializeToString, cls.FromString
 
-    streaming = descriptor.client_streaming and descriptor.server_streaming
-    return Method(descriptor.name, streaming, *codec(descriptor.input_type), *codec(descriptor.output_type))
+    streams = (descriptor.client_streaming, descriptor.server_streaming)
+    return Method(descriptor.name, *streams, *codec(descriptor.input_type), *codec(descriptor.output_type))
 
 
 METHODS: dict[str, Method] = {m.name: _method(m) for m in pb.DESCRIPTOR.services_by_name["KvCache"].methods}

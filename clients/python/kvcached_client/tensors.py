@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ._proto import kvcached_pb2 as pb
+from .protocol import CHUNK_BYTES
 
 ALIGNMENT = 64
 MAX_TENSORS, MAX_NDIM, MAX_NAME_BYTES, MAX_VALUES = 4096, 8, 128, 1 << 48
@@ -77,6 +78,39 @@ def pieces(arrays: Arrays, max_bytes: int) -> Iterator[memoryview | bytes]:
         for start in range(0, len(data), max_bytes):
             yield data[start : start + max_bytes]
         end += padding + len(data)
+
+
+def calibrate_requests(
+    start: pb.CalibrateStart, samples: Iterable[tuple[pb.CalibrateHeader, Arrays] | None]
+) -> Iterator[pb.CalibrateRequest]:
+    """A Calibrate stream: `start`, then for each sample its header, completed from its arrays, and their data.
+
+    The data is in pieces of at most CHUNK_BYTES, the last of which is held back until the next sample is there. A None
+    among the samples sends a byte of it: a daemon hangs up on a stream on which nothing comes for too long. Raises
+    ValueError for a dtype without a name.
+    """
+    yield pb.CalibrateRequest(start=start)
+    held = b""
+    for sample in samples:
+        if sample is None:
+            if len(held) > 1:
+                yield pb.CalibrateRequest(data=held[:1])
+                held = held[1:]
+            continue
+        if held:
+            yield pb.CalibrateRequest(data=held)
+        header, arrays = sample
+        described = describe(arrays)
+        whole = pb.CalibrateHeader(tensors=described, data_bytes=nbytes(described))
+        whole.MergeFrom(header)
+        yield pb.CalibrateRequest(header=whole)
+        held = b""
+        for piece in pieces(arrays, CHUNK_BYTES):
+            if held:
+                yield pb.CalibrateRequest(data=held)
+            held = bytes(piece)
+    if held:
+        yield pb.CalibrateRequest(data=held)
 
 
 def _layout(tensors: Iterable[pb.Tensor]) -> Iterator[tuple[int, int]]:

@@ -29,6 +29,12 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_REPLACED: _ClassVar[Outcome]
     OUTCOME_ALREADY_HELD: _ClassVar[Outcome]
     OUTCOME_REFUSED: _ClassVar[Outcome]
+
+class CalibrationPart(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CALIBRATION_PART_UNSPECIFIED: _ClassVar[CalibrationPart]
+    CALIBRATION_PART_FIT: _ClassVar[CalibrationPart]
+    CALIBRATION_PART_TUNE: _ClassVar[CalibrationPart]
 LAYER_KIND_UNSPECIFIED: LayerKind
 LAYER_KIND_ATTENTION: LayerKind
 LAYER_KIND_SLIDING_WINDOW: LayerKind
@@ -43,6 +49,9 @@ OUTCOME_STORED: Outcome
 OUTCOME_REPLACED: Outcome
 OUTCOME_ALREADY_HELD: Outcome
 OUTCOME_REFUSED: Outcome
+CALIBRATION_PART_UNSPECIFIED: CalibrationPart
+CALIBRATION_PART_FIT: CalibrationPart
+CALIBRATION_PART_TUNE: CalibrationPart
 
 class ModelSpec(_message.Message):
     __slots__ = ("fingerprint", "kv_dtype", "block_size", "layers", "name")
@@ -143,7 +152,7 @@ class Chunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id")
+    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id", "store_as", "store_as_bundle")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +169,8 @@ class Header(_message.Message):
     DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_FIELD_NUMBER: _ClassVar[int]
+    STORE_AS_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hash: bytes
@@ -176,7 +187,9 @@ class Header(_message.Message):
     data_bytes: int
     found: bool
     request_id: str
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    store_as: str
+    store_as_bundle: bytes
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ..., store_as: _Optional[str] = ..., store_as_bundle: _Optional[bytes] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -261,6 +274,176 @@ class HeldBlock(_message.Message):
     source_bytes: int
     stored_bytes: int
     def __init__(self, fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., n_tokens: _Optional[int] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
+
+class CalibrateRequest(_message.Message):
+    __slots__ = ("start", "header", "data")
+    START_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    start: CalibrateStart
+    header: CalibrateHeader
+    data: bytes
+    def __init__(self, start: _Optional[_Union[CalibrateStart, _Mapping]] = ..., header: _Optional[_Union[CalibrateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class CalibrateStart(_message.Message):
+    __slots__ = ("model_id", "layers_per_group", "seed", "profiles")
+    class ProfilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    model_id: bytes
+    layers_per_group: int
+    seed: int
+    profiles: _containers.ScalarMap[str, float]
+    def __init__(self, model_id: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., seed: _Optional[int] = ..., profiles: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class CalibrateHeader(_message.Message):
+    __slots__ = ("part", "first_position", "n_tokens", "tensors", "data_bytes")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    DATA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    part: CalibrationPart
+    first_position: int
+    n_tokens: int
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    data_bytes: int
+    def __init__(self, part: _Optional[_Union[CalibrationPart, str]] = ..., first_position: _Optional[int] = ..., n_tokens: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ...) -> None: ...
+
+class CalibrateResponse(_message.Message):
+    __slots__ = ("bundle",)
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    bundle: BundleStatus
+    def __init__(self, bundle: _Optional[_Union[BundleStatus, _Mapping]] = ...) -> None: ...
+
+class Measured(_message.Message):
+    __slots__ = ("bits_per_value", "compression", "kl", "kl_low", "kl_high", "perplexity_delta", "perplexity_delta_low", "perplexity_delta_high", "attention_error_mean", "attention_error_worst", "n_tokens", "n_documents", "engine")
+    BITS_PER_VALUE_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    KL_FIELD_NUMBER: _ClassVar[int]
+    KL_LOW_FIELD_NUMBER: _ClassVar[int]
+    KL_HIGH_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_DELTA_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_DELTA_LOW_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_DELTA_HIGH_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_ERROR_MEAN_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_ERROR_WORST_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    N_DOCUMENTS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    bits_per_value: float
+    compression: float
+    kl: float
+    kl_low: float
+    kl_high: float
+    perplexity_delta: float
+    perplexity_delta_low: float
+    perplexity_delta_high: float
+    attention_error_mean: float
+    attention_error_worst: float
+    n_tokens: int
+    n_documents: int
+    engine: str
+    def __init__(self, bits_per_value: _Optional[float] = ..., compression: _Optional[float] = ..., kl: _Optional[float] = ..., kl_low: _Optional[float] = ..., kl_high: _Optional[float] = ..., perplexity_delta: _Optional[float] = ..., perplexity_delta_low: _Optional[float] = ..., perplexity_delta_high: _Optional[float] = ..., attention_error_mean: _Optional[float] = ..., attention_error_worst: _Optional[float] = ..., n_tokens: _Optional[int] = ..., n_documents: _Optional[int] = ..., engine: _Optional[str] = ...) -> None: ...
+
+class ProfileStatus(_message.Message):
+    __slots__ = ("name", "target_compression", "measured")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TARGET_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    target_compression: float
+    measured: Measured
+    def __init__(self, name: _Optional[str] = ..., target_compression: _Optional[float] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ...) -> None: ...
+
+class BundleStatus(_message.Message):
+    __slots__ = ("bundle_id", "model_id", "model_name", "layers_per_group", "bytes", "installed", "n_blocks", "current", "profiles")
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    INSTALLED_FIELD_NUMBER: _ClassVar[int]
+    N_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: bytes
+    model_id: bytes
+    model_name: str
+    layers_per_group: int
+    bytes: int
+    installed: int
+    n_blocks: int
+    current: bool
+    profiles: _containers.RepeatedCompositeFieldContainer[ProfileStatus]
+    def __init__(self, bundle_id: _Optional[bytes] = ..., model_id: _Optional[bytes] = ..., model_name: _Optional[str] = ..., layers_per_group: _Optional[int] = ..., bytes: _Optional[int] = ..., installed: _Optional[int] = ..., n_blocks: _Optional[int] = ..., current: bool = ..., profiles: _Optional[_Iterable[_Union[ProfileStatus, _Mapping]]] = ...) -> None: ...
+
+class AttachMeasurementsRequest(_message.Message):
+    __slots__ = ("bundle_id", "profiles")
+    class ProfilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Measured
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Measured, _Mapping]] = ...) -> None: ...
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: bytes
+    profiles: _containers.MessageMap[str, Measured]
+    def __init__(self, bundle_id: _Optional[bytes] = ..., profiles: _Optional[_Mapping[str, Measured]] = ...) -> None: ...
+
+class AttachMeasurementsResponse(_message.Message):
+    __slots__ = ("bundle",)
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    bundle: BundleStatus
+    def __init__(self, bundle: _Optional[_Union[BundleStatus, _Mapping]] = ...) -> None: ...
+
+class InstallBundleRequest(_message.Message):
+    __slots__ = ("total_bytes", "data")
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    total_bytes: int
+    data: bytes
+    def __init__(self, total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class InstallBundleResponse(_message.Message):
+    __slots__ = ("bundle",)
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    bundle: BundleStatus
+    def __init__(self, bundle: _Optional[_Union[BundleStatus, _Mapping]] = ...) -> None: ...
+
+class ListBundlesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBundlesResponse(_message.Message):
+    __slots__ = ("bundles",)
+    BUNDLES_FIELD_NUMBER: _ClassVar[int]
+    bundles: _containers.RepeatedCompositeFieldContainer[BundleStatus]
+    def __init__(self, bundles: _Optional[_Iterable[_Union[BundleStatus, _Mapping]]] = ...) -> None: ...
+
+class RemoveBundleRequest(_message.Message):
+    __slots__ = ("bundle_id", "with_blocks")
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
+    WITH_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    bundle_id: bytes
+    with_blocks: bool
+    def __init__(self, bundle_id: _Optional[bytes] = ..., with_blocks: bool = ...) -> None: ...
+
+class RemoveBundleResponse(_message.Message):
+    __slots__ = ("n_deleted",)
+    N_DELETED_FIELD_NUMBER: _ClassVar[int]
+    n_deleted: int
+    def __init__(self, n_deleted: _Optional[int] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
     __slots__ = ("model_id", "namespace", "block_hashes")
@@ -410,14 +593,16 @@ class StoreStatus(_message.Message):
     def __init__(self, path: _Optional[str] = ..., n_blocks: _Optional[int] = ..., n_tokens: _Optional[int] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., file_bytes: _Optional[int] = ..., quota_bytes: _Optional[int] = ..., free_disk_bytes: _Optional[int] = ..., set_aside: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
-    __slots__ = ("model_id", "spec", "fidelities")
+    __slots__ = ("model_id", "spec", "fidelities", "bundle_id")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     FIDELITIES_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     spec: ModelSpec
     fidelities: _containers.RepeatedCompositeFieldContainer[FidelityStatus]
-    def __init__(self, model_id: _Optional[bytes] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., fidelities: _Optional[_Iterable[_Union[FidelityStatus, _Mapping]]] = ...) -> None: ...
+    bundle_id: bytes
+    def __init__(self, model_id: _Optional[bytes] = ..., spec: _Optional[_Union[ModelSpec, _Mapping]] = ..., fidelities: _Optional[_Iterable[_Union[FidelityStatus, _Mapping]]] = ..., bundle_id: _Optional[bytes] = ...) -> None: ...
 
 class FidelityStatus(_message.Message):
     __slots__ = ("kind", "n_blocks", "n_tokens", "source_bytes", "stored_bytes")

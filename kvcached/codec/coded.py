@@ -1,0 +1,123 @@
+"""Blocks to sections and back by transform coding: planes -> klt -> quantize -> entropy, and the same list upwards.
+
+One section for each plane, keys and values of each group of layers, and two for the sink tokens, if the block has any.
+Sinks and opaque tensors are kept exactly. Source: KVTC, arXiv 2511.01815; what differs is in docs/quality.md.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+
+from kvcached.block import KVBlock
+from kvcached.codec import entropy, exact, klt, lossless, planes, quantize
+from kvcached.codec.bundle import Coder, PlaneCoder
+from kvcached.codec.container import ALL_LAYERS, Coding, Header, Section, SectionKind
+from kvcached.codec.planes import Plane, Planes
+from kvcached.errors import CorruptFrameError
+from kvcached_client.tensors import DTYPES
+
+_MAX_MAGNITUDE = 1e30  # of a decoded row: far beyond any model, far within float32
+
+
+def to_sections(block: KVBlock, coder: Coder, zstd_level: int) -> Iterator[Section]:
+    """The sections of a dense block. Inverse, to the coder's loss: `from_sections`. Raises what `codec.encode` does."""
+    split = planes.split(block, coder.spec, coder.layers_per_group)
+    for kind, sinks in ((SectionKind.SINK_KEYS, split.sink_keys), (SectionKind.SINK_VALUES, split.sink_values)):
+        if sinks.size:
+            yield exact.section_of(kind, sinks, zstd_level)
+    dtype = DTYPES[coder.spec.kv_dtype]
+    for kind, side, coders in (
+        (SectionKind.KEY_PLANE, split.keys, coder.keys),
+        (SectionKind.VALUE_PLANE, split.values, coder.values),
+    ):
+        for group, (rows, plane) in enumerate(zip(side, coders, strict=True)):
+            payload = _encode_plane(rows, plane, coder.dead_zone)
+            yield Section(kind, Coding.TRANSFORM, dtype, rows.shape, payload, group)
+    yield from exact.opaque_sections(block.opaque, zstd_level)
+
+
+def from_sections(header: Header, sections: Sequence[Section], coder: Coder) -> KVBlock:
+    """The block of sections. Raises CorruptFrameError for those that `to_sections` does not make."""
+    n_tokens = header.n_source_tokens
+    if not n_tokens:  # planes of no rows would have no bytes to bound them by
+        raise CorruptFrameError("a coded frame of no tokens")
+    n_sinks = planes.n_sinks(header.first_position, n_tokens)
+    shapes = {side: (*shape[:2], n_sinks, shape[3]) for side, shape in coder.spec.dense_shapes().items()}
+    if (header.n_layers, header.n_kv_heads) != shapes["keys"][:2]:
+        raise CorruptFrameError(
+            f"the bundle's model has (layers, KV heads) {shapes['keys'][:2]}, "
+            f"the frame {(header.n_layers, header.n_kv_heads)}"
+        )
+    dtype = DTYPES[coder.spec.kv_dtype]
+    split = Planes(
+        keys=_planes_of(SectionKind.KEY_PLANE, sections, coder.keys, coder.centroid, n_tokens - n_sinks, dtype),
+        values=_planes_of(SectionKind.VALUE_PLANE, sections, coder.values, coder.centroid, n_tokens - n_sinks, dtype),
+        sink_keys=_sinks(SectionKind.SINK_KEYS, sections, shapes["keys"], dtype),
+        sink_values=_sinks(SectionKind.SINK_VALUES, sections, shapes["values"], dtype),
+        first_position=header.first_position,
+    )
+    if exact_ones := [s.kind.name for s in sections if s.kind in (SectionKind.KEYS, SectionKind.VALUES)]:
+        raise CorruptFrameError(f"a section of {exact_ones[0]} does not belong into a frame of this fidelity")
+    return planes.merge(split, coder.spec, exact.opaque_of(sections))
+
+
+def _encode_plane(rows: Plane, plane: PlaneCoder, dead_zone: float) -> bytes:
+    with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
+        coefficients = klt.project(rows, plane.basis)
+    return entropy.encode(quantize.quantize(coefficients, plane.tables.steps, dead_zone), plane.tables.scales)
+
+
+def _decode_plane(payload: bytes | memoryview, n_rows: int, plane: PlaneCoder, centroid: float) -> Plane:
+    symbols = entropy.decode(payload, n_rows, plane.tables.scales)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        rows = klt.reconstruct(quantize.dequantize(symbols, plane.tables.steps, centroid), plane.basis)
+        if rows.size and not max(rows.max(), -rows.min()) < _MAX_MAGNITUDE:  # catches NaN too
+            raise CorruptFrameError("a plane decodes to numbers that no model has")
+    return rows
+
+
+def _planes_of(
+    kind: SectionKind,
+    sections: Sequence[Section],
+    coders: Sequence[PlaneCoder],
+    centroid: float,
+    n_rows: int,
+    dtype: np.dtype,
+) -> tuple[Plane, ...]:
+    found: Mapping[SectionKind, list[Plane]] = {kind: []}
+    for section in sections:
+        if section.kind != kind:
+            continue
+        exact.check_next(section, Coding.TRANSFORM, found)
+        if section.layer >= len(coders):
+            raise CorruptFrameError(f"{len(coders)} sections of {kind.name} expected, got more")
+        plane = coders[section.layer]
+        _check_tensor(section, (n_rows, plane.n_features), dtype)
+        found[kind].append(_decode_plane(section.payload, n_rows, plane, centroid))
+    if len(found[kind]) != len(coders):
+        raise CorruptFrameError(f"{len(coders)} sections of {kind.name} expected, got {len(found[kind])}")
+    return tuple(found[kind])
+
+
+def _sinks(
+    kind: SectionKind, sections: Sequence[Section], shape: tuple[int, ...], dtype: np.dtype
+) -> Shaped[np.ndarray, "..."]:
+    """Sink tokens as they were; a block without them has no such section."""
+    found = [section for section in sections if section.kind == kind]
+    if len(found) != (0 not in shape):
+        raise CorruptFrameError(f"sinks of shape {shape} expected, got {len(found)} sections of {kind.name}")
+    if not found:
+        return np.zeros(shape, dtype)
+    _check_tensor(found[0], shape, dtype)
+    exact.check_coding(found[0], Coding.LOSSLESS)
+    if found[0].layer != ALL_LAYERS:
+        raise CorruptFrameError(f"{kind.name} of layer {found[0].layer}, they are those of all layers")
+    return lossless.decode(found[0].payload, dtype, shape)
+
+
+def _check_tensor(section: Section, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if (section.shape, section.dtype) != (shape, dtype):
+        raise CorruptFrameError(
+            f"{section.kind.name} of {dtype.name} {shape} expected, got {section.dtype.name} {section.shape}"
+        )

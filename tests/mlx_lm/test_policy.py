@@ -1,0 +1,97 @@
+"""What of a held prefix is used, and what is put again."""
+
+from dataclasses import replace
+
+import pytest
+from support import tiny_spec
+
+from kvcached_client import FidelityKind, LayerKind, Match, ModelSpec
+from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_mlx import Policy
+from kvcached_mlx.policy import Held, held_of
+
+EXACT, CODED = FidelityKind.EXACT, FidelityKind.CODED
+SPEC = tiny_spec(block_size=256)
+
+
+def with_state(spec: ModelSpec) -> ModelSpec:
+    state = replace(spec.layers[0], kind=LayerKind.STATE, opaque=True)
+    return replace(spec, layers=(*spec.layers, state))
+
+
+def usable(held: str, n_prompt: int, **kwargs: bool) -> tuple[int, int]:
+    """e: exact, c: coded; in capitals with the state of all layers."""
+    blocks = [Held(EXACT if letter in "eE" else CODED, letter.isupper()) for letter in held]
+    spec = with_state(SPEC) if kwargs.get("has_state") else SPEC
+    return Policy(recompute=128).usable(blocks, n_prompt, spec, can_cut=not kwargs.get("has_state"))
+
+
+@pytest.mark.parametrize(
+    ("held", "n_prompt", "expected"),
+    [
+        ("", 1000, (0, 0)),
+        ("eeee", 1025, (4, 1024)),  # exact: one token is left
+        ("cccc", 2000, (4, 1024)),  # far from the end
+        ("cccc", 1025, (4, 897)),  # 128 are left
+        ("cccc", 1152, (4, 1024)),
+        ("cccc", 1030, (4, 902)),
+        ("eeec", 1030, (4, 902)),
+        ("eeec", 880, (3, 768)),  # no row of the last one would be left, or fewer than of the exact ones
+        ("eeec", 1025, (4, 897)),
+        ("ccce", 1025, (4, 897)),  # exact bytes on a lossy prefix
+        ("c", 257, (1, 129)),
+        ("c", 128, (0, 0)),
+        ("c", 100, (0, 0)),
+    ],
+)
+def test_at_the_end_of_a_prompt_on_a_lossy_prefix_tokens_are_left_to_compute(
+    held: str, n_prompt: int, expected: tuple[int, int]
+) -> None:
+    assert usable(held, n_prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "n_prompt", "expected"),
+    [
+        ("eeeE", 1025, (4, 1024)),
+        ("eeEe", 1025, (3, 768)),
+        ("ccCC", 1025, (3, 768)),  # whole blocks are left out, for state cannot be cut
+        ("ccCC", 1152, (4, 1024)),
+        ("cccC", 1025, (0, 0)),
+        ("eEcC", 1025, (2, 512)),
+        ("eEcC", 1152, (4, 1024)),
+    ],
+)
+def test_a_model_with_state_goes_on_where_it_was_kept(held: str, n_prompt: int, expected: tuple[int, int]) -> None:
+    assert usable(held, n_prompt, has_state=True) == expected
+
+
+def test_nothing_need_be_left_to_compute() -> None:
+    assert Policy(recompute=0).usable([Held(CODED, False)] * 4, 1025, SPEC, can_cut=True) == (4, 1024)
+
+
+@pytest.mark.parametrize(
+    ("store_as", "fidelity", "lineage", "ours", "is_held"),
+    [
+        ("", EXACT, EXACT, EXACT, True),
+        ("", CODED, EXACT, EXACT, True),  # it would be coded again
+        ("exact", CODED, EXACT, EXACT, False),
+        ("exact", EXACT, EXACT, EXACT, True),
+        ("", CODED, CODED, EXACT, False),  # ours was computed on an exact prefix
+        ("", EXACT, CODED, EXACT, False),
+        ("", CODED, CODED, CODED, True),
+        ("x8", CODED, EXACT, CODED, True),
+    ],
+)
+def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
+    store_as: str, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind, is_held: bool
+) -> None:
+    block = pb.HeldBlock(fidelity=pb.Fidelity(kind=int(fidelity)), lineage=int(lineage))
+    match = Match((b"hash",), (block,))
+    assert Policy(store_as=store_as).held(match, [ours, ours]) == ({b"hash"} if is_held else set())
+
+
+def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:
+    assert held_of(pb.HeldBlock(boundary=True)) == Held(EXACT, True)
+    later = pb.HeldBlock.FromString(b"\x10\x63")  # lineage 99
+    assert held_of(later).worth == EXACT

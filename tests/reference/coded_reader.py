@@ -1,0 +1,247 @@
+"""A second reader of CODED frames, written from docs/format.md alone: integers in plain Python, all else in float64.
+
+Where kvcached may round in another order the document allows a tolerance; the reader says what it is for each number.
+"""
+
+import struct
+from functools import cache
+from math import isqrt
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from reference.bundle_reader import frequencies, n_features, read_bundle
+from reference.frame_reader import (
+    CODED,
+    DTYPES,
+    KEY_PLANE,
+    OPAQUE,
+    SINK_KEYS,
+    SINK_VALUES,
+    VALUE_PLANE,
+    Corrupt,
+    Unsupported,
+    read_frame,
+)
+
+Fields = dict[str, Any]
+KINDS_OF = {"keys": (SINK_KEYS, KEY_PLANE), "values": (SINK_VALUES, VALUE_PLANE)}
+LIMIT = 1e30
+
+
+class Table(NamedTuple):
+    """One of the 64."""
+
+    shift: int
+    reach: int
+    frequencies: list[int]
+
+
+def read_coded(frame: bytes, bundle_file: bytes) -> Fields:
+    """What read_frame finds, and "symbols", "tensors", "exact", "tolerance": each by name.
+
+    symbols: of each plane, as "keys.0", int32 [n_rows, kept components]. tensors: in their dtypes, opaque ones too.
+    exact: keys and values before they are rounded. tolerance: how far from exact another reader's may be.
+    """
+    found, bundle = read_frame(frame), read_bundle(bundle_file)
+    if found["fidelity"] != CODED:
+        raise Unsupported("not a CODED frame")
+    if found["bundle_id"] != bundle["id"] or found["profile"] not in bundle["profiles"]:
+        raise Unsupported("another bundle, or another profile")
+    _check_block(found, bundle)
+    result: Fields = {**found, "symbols": {}, "tensors": {}, "exact": {}, "tolerance": {}}
+    for side in KINDS_OF:
+        _read_side(side, found, bundle, result)
+    for section in found["sections"]:
+        if section["kind"] == OPAQUE:
+            if section["name"] in result["tensors"]:
+                raise Corrupt("two tensors of one name")
+            result["tensors"][section["name"]] = section["array"]
+    return result
+
+
+# ---- the family of tables
+
+
+@cache
+def table(i: int) -> Table:
+    shift = max(0, (i - 39) // 3)
+    j = i - 3 * shift
+    n = (65536, 82570, 104032)[j % 3] * 2 ** (j // 3)
+    p = (isqrt((2**54 + 4 * n**2) * 2**64) - 2**59) * 2**28 // (2 * n)
+    q = p**2 // 2**60
+    w = [p * (2**60 - q) // 2**61]
+    while 8192 * (w[-1] * q // 2**60) >= 2**60:
+        w.append(w[-1] * q // 2**60)
+    rest = max(p - 2 * sum(w), 1)
+    return Table(shift, len(w), _shared_out([*reversed(w), 2**60 - p, *w, rest]))
+
+
+def _shared_out(weights: list[int]) -> list[int]:
+    """4096 slots for the weights."""
+    a = [weight * 4096 // sum(weights) for weight in weights]
+    b = [weight * 4096 % sum(weights) if a[k] else 0 for k, weight in enumerate(weights)]
+    f = [max(1, number) for number in a]
+    missing = 4096 - sum(f)
+    if missing < 0:
+        f[weights.index(max(weights))] += missing
+    for _ in range(missing):
+        k = b.index(max(b))
+        f[k] += 1
+        b[k] = -1
+    return f
+
+
+@cache
+def slots(i: int) -> list[tuple[int, int, int]]:
+    """For each of 4096 slots: index, frequency, slot minus start."""
+    return [(k, f, offset) for k, f in enumerate(table(i).frequencies) for offset in range(f)]
+
+
+# ---- bytes to symbols
+
+
+def read_symbols(payload: bytes, n_rows: int, scales: list[int]) -> np.ndarray:
+    """int32 [n_rows, len(scales)]"""
+    n = n_rows * len(scales)
+    if len(payload) < 5:
+        raise Corrupt("no stream")
+    width, n_escapes = struct.unpack_from("<BI", payload)
+    start = 5 + width * n_escapes
+    if width not in (1, 2, 4) or n_escapes > n or start > len(payload):
+        raise Corrupt("escapes that do not fit")
+    escapes = [int.from_bytes(payload[at : at + width], "little", signed=True) for at in range(5, start, width)]
+    if n_escapes == n:
+        if start != len(payload):
+            raise Corrupt("bytes behind the symbols")
+        symbols = escapes
+    else:
+        symbols = _read_lanes(payload[start:], escapes, n_rows, scales)
+    return np.array(symbols, np.int32).reshape(len(scales), n_rows).T
+
+
+def _read_lanes(coded: bytes, escapes: list[int], n_rows: int, scales: list[int]) -> list[int]:
+    n = n_rows * len(scales)
+    if len(coded) % 2 or not 128 <= len(coded) <= 128 + 4 * n:
+        raise Corrupt("no size of a coded stream")
+    state = list(struct.unpack_from("<32I", coded))
+    if not all(2**15 <= x < 2**31 for x in state):
+        raise Corrupt("states that coding cannot leave")
+    words, escaped = iter(struct.unpack(f"<{(len(coded) - 128) // 2}H", coded[128:])), iter(escapes)
+    try:
+        symbols = [_pop(state, i % 32, scales[i // n_rows], words, escaped) for i in range(n)]
+    except StopIteration:
+        raise Corrupt("words or escapes end too soon") from None
+    if [*words] or [*escaped] or state != [2**15] * 32:
+        raise Corrupt("a stream that goes on after its symbols")
+    return symbols
+
+
+def _pop(state: list[int], lane: int, scale: int, words: Any, escaped: Any) -> int:
+    shift, reach, _ = table(scale)
+    x, low = state[lane], 0
+    k, f, offset = slots(scale)[x % 4096]
+    x = f * (x // 4096) + offset
+    x = 2**16 * x + next(words) if x < 2**15 else x
+    if shift:
+        low, x = x % 2**shift, x // 2**shift
+        x = 2**16 * x + next(words) if x < 2**15 else x
+    state[lane] = x
+    if k == 2 * reach + 1:
+        return int(next(escaped))
+    return (k - reach) * 2**shift + low - 2**shift // 2
+
+
+# ---- symbols to keys and values
+
+
+def _check_block(found: Fields, bundle: Fields) -> None:
+    heads = bundle["dense"][0]["n_kv_heads"]
+    if (found["n_layers"], found["n_kv_heads"]) != (len(bundle["dense"]), heads):
+        raise Corrupt("layers or heads of another model")
+    if found["n_source_tokens"] < 1 or found["first_position"] + found["n_source_tokens"] >= 2**31:
+        raise Corrupt("no tokens, or positions that no block has")
+
+
+def _read_side(side: str, found: Fields, bundle: Fields, result: Fields) -> None:
+    """Adds what one side has to the result."""
+    dense, n_tokens, first = bundle["dense"], found["n_source_tokens"], found["first_position"]
+    heads, dim = dense[0]["n_kv_heads"], n_features(side, dense[:1]) // dense[0]["n_kv_heads"]
+    n_sinks = min(max(4 - first, 0), n_tokens)
+    dtype = {name: numpy_dtype for name, numpy_dtype, _ in DTYPES.values()}[bundle["model"]["kv_dtype"]]
+    sinks = _sinks(found["sections"], KINDS_OF[side][0], (len(dense), heads, n_sinks, dim), dtype)
+    planes = [section for section in found["sections"] if section["kind"] == KINDS_OF[side][1]]
+    if len(planes) != len(bundle["groups"]):
+        raise Corrupt("not one plane for each group")
+    rows, magnitudes, relative = [], [], []
+    for group, (section, layers) in enumerate(zip(planes, bundle["groups"], strict=True)):
+        shape = (n_tokens - n_sinks, n_features(side, layers))
+        if (section["layer"], section["shape"]) != (group, shape) or section["dtype"] != np.dtype(dtype).name:
+            raise Corrupt("a plane out of order, or of another shape or dtype")
+        symbols, *plane = _read_plane(section["payload"], f"{side}.{group}", shape[0], found, bundle)
+        result["symbols"][f"{side}.{group}"] = symbols
+        for numbers, all_of_them in zip(plane, (rows, magnitudes), strict=True):
+            all_of_them.append(numbers.reshape(shape[0], len(layers), heads, dim).transpose(1, 2, 0, 3))
+        relative += [(symbols.shape[1] + 12) * 2.0**-24] * len(layers)
+    exact, magnitude = np.concatenate(rows), np.concatenate(magnitudes)
+    bound = np.zeros(exact.shape)
+    for number, layer in enumerate(dense):
+        if side == "keys":
+            positions = np.arange(first + n_sinks, first + n_tokens)
+            _turn(exact[number], magnitude[number], bound[number], positions, layer)
+        bound[number] += relative[number] * magnitude[number]
+    exact, rounded, units = _rounded(exact, dtype)
+    result["tensors"][side] = np.concatenate([sinks, rounded], axis=2)
+    result["exact"][side] = np.concatenate([sinks.astype(np.float64), exact], axis=2)
+    result["tolerance"][side] = np.concatenate([np.zeros(sinks.shape), bound + units], axis=2)
+
+
+def _sinks(sections: list[Fields], kind: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    found = [section for section in sections if section["kind"] == kind]
+    if len(found) != (shape[2] > 0):
+        raise Corrupt("sinks that are missing, or too many")
+    if not found:
+        return np.zeros(shape, dtype)
+    section = found[0]
+    if (section["layer"], section["shape"]) != (65535, shape) or section["dtype"] != np.dtype(dtype).name:
+        raise Corrupt("sinks of another layer, shape or dtype")
+    array: np.ndarray = section["array"]
+    return array
+
+
+def _read_plane(
+    payload: bytes, at: str, n_rows: int, found: Fields, bundle: Fields
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Symbols, rows, and the M of each number of the rows."""
+    tensors, profile = bundle["tensors"], found["profile"]
+    steps = tensors[f"{profile}.{at}.steps"]
+    kept = steps > 0
+    symbols = read_symbols(payload, n_rows, [int(scale) for scale in tensors[f"{profile}.{at}.scales"][kept]])
+    s, centroid = symbols.astype(np.float64), bundle["profiles"][profile]["centroid"]
+    coefficients = np.sign(s) * (np.abs(s) - centroid) * steps[kept].astype(np.float64)
+    inverse, mean = tensors[f"{at}.inverse"][kept].astype(np.float64), tensors[f"{at}.mean"].astype(np.float64)
+    rows = coefficients @ inverse + mean
+    if rows.size and np.abs(rows).max() >= LIMIT:
+        raise Corrupt("numbers that no model has")
+    return symbols, rows, np.abs(coefficients) @ np.abs(inverse) + np.abs(mean)
+
+
+def _turn(rows: np.ndarray, magnitude: np.ndarray, bound: np.ndarray, positions: np.ndarray, layer: Fields) -> None:
+    """Gives rows [head, token, dim] their rotary positions, in place; adds to the bound how far off angles may be."""
+    interleaved, dims = layer.get("rope", {}).get("interleaved", False), layer.get("rope", {}).get("dims", 0)
+    for i, theta in enumerate(frequencies(layer)):
+        pair = [2 * i, 2 * i + 1] if interleaved else [i, i + dims // 2]
+        angle = positions * theta
+        a, b = rows[..., pair[0]], rows[..., pair[1]]
+        turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+        rows[..., pair] = np.stack(turned, axis=-1)
+        magnitude[..., pair] = magnitude[..., pair].sum(axis=-1, keepdims=True)
+        bound[..., pair] += 2.0**-50 * angle[:, None] * magnitude[..., pair]
+
+
+def _rounded(exact: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is beyond the KV dtype's largest number as that; the same in the KV dtype; units in the last place."""
+    limits = ml_dtypes.finfo(dtype)
+    bounded = np.clip(exact, -float(limits.max), float(limits.max))
+    exponent = np.floor(np.log2(np.maximum(np.abs(bounded), float(limits.smallest_normal))))
+    return bounded, bounded.astype(dtype), 2.0 ** (exponent - limits.nmant)
