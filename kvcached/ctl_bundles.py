@@ -203,7 +203,7 @@ def bench(
             model, target=connection.target, texts=texts, profiles=_known(profiles), progress=report
         )
     if output:
-        figures = {name: as_dict(m) for name, m in measured.items()}
+        figures = {name: _measured_figures(m) for name, m in measured.items()}
         output.write_text(json.dumps({"model": model, "profiles": figures}, indent=2) + "\n")
     table = _table("compression")
     for name, m in measured.items():
@@ -291,6 +291,12 @@ def _progress() -> Iterator[Report]:
 
 
 # ---- tables
+
+
+def _measured_figures(measured: pb.Measured) -> dict[str, Any]:
+    """As JSON, without the attention errors that nobody measured."""
+    unmeasured = set() if measured.attention_error_mean else {"attention_error_mean", "attention_error_worst"}
+    return {name: value for name, value in as_dict(measured).items() if name not in unmeasured}
 
 
 def _show(listed: Sequence[pb.BundleStatus]) -> None:

@@ -15,7 +15,7 @@ from kvcached.codec import allocate, entropy, quantize
 
 FACTORS = (0.0, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the common step; 0: not coded
 # Rounding to the nearest, restored where it was rounded to. Leaning towards zero and centroids lower the squared error
-# of the sample, but what they do to one token they do to all: next-token KL was higher (docs/quality.md).
+# of the sample, but what they do to one token they do to all: next-token KL was higher (docs/decisions, 5).
 DEAD_ZONE, CENTROID = 0.5, 0.0
 _MAX_RUNS = 256
 _SEARCH_ROWS = 1024  # on which the common step is looked for

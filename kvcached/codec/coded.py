@@ -1,7 +1,7 @@
 """Blocks to sections and back by transform coding: planes -> klt -> quantize -> entropy, and the same list upwards.
 
 One section for each plane, keys and values of each group of layers, and two for the sink tokens, if the block has any.
-Sinks and opaque tensors are kept exactly. Source: KVTC, arXiv 2511.01815; what differs is in docs/quality.md.
+Sinks and opaque tensors are kept exactly. Source: KVTC, arXiv 2511.01815; what differs is in docs/decisions, 4 and 5.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

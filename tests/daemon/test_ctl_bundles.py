@@ -272,6 +272,7 @@ def test_bench_shows_what_is_lost_and_writes_it(target: str, engine: Path) -> No
     assert figures["model"] == "m"
     assert figures["profiles"]["x8"]["kl"] == 0.00123
     assert figures["profiles"]["x8"]["n_tokens"] == 24576
+    assert "attention_error_mean" not in figures["profiles"]["x8"]  # which nobody measured
 
 
 def test_figures_that_could_not_be_written_are_not_measured(target: str, engine: Path) -> None:
