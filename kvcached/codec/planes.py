@@ -145,11 +145,17 @@ def _merge(
         raise ValueError(f"expected planes of the model's {n_layers} layers, got those of {len(layers)}")
     tensor = np.empty((n_layers, n_kv_heads, n_tokens, dim), sinks.dtype)
     tensor[:, :, :n_sinks] = sinks
-    limit = np.float32(_LARGEST[sinks.dtype.name])
     with np.errstate(over="ignore"):  # bounded when rounded
         for layer, turn, out in zip(layers, turns, tensor, strict=True):
-            out[:, n_sinks:] = np.clip(turn(layer), -limit, limit)
+            out[:, n_sinks:] = rounded(turn(layer), sinks.dtype)
     return tensor
+
+
+def rounded(numbers: Float32[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """Numbers in a KV dtype; what is beyond its largest becomes that."""
+    limit = np.float32(_LARGEST[dtype.name])
+    bounded: np.ndarray = np.clip(numbers, -limit, limit).astype(dtype)
+    return bounded
 
 
 def _by_layer(planes: Sequence[Plane], n_kv_heads: int, dim: int) -> Iterator[LayerRows]:
