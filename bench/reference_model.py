@@ -28,17 +28,22 @@ Rows = Float32[np.ndarray, "n_layers n_kv_heads n_tokens head_dim"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cache:
-    """Keys (rotary positions applied) and values of the tokens so far, the first at position 0."""
+    """Keys (rotary positions applied) and values of the tokens so far, the first at position 0.
+
+    bias: added to the logits of each key, -inf where a head has dropped the token; None: plain attention.
+    """
 
     keys: Rows
     values: Rows
+    bias: Float32[np.ndarray, "n_layers n_kv_heads n_tokens"] | None = None
 
     @property
     def n_tokens(self) -> int:
         return self.keys.shape[2]
 
     def first(self, n_tokens: int) -> "Cache":
-        return Cache(self.keys[:, :, :n_tokens], self.values[:, :, :n_tokens])
+        bias = None if self.bias is None else self.bias[:, :, :n_tokens]
+        return Cache(self.keys[:, :, :n_tokens], self.values[:, :, :n_tokens], bias)
 
     def rounded(self) -> "Cache":
         """As an engine holds it: the model's dtype is float16."""
@@ -83,7 +88,10 @@ class ReferenceModel:
         keys, values, queries, attention = [], [], [], []
         for layer, w in enumerate(self._layers):
             q, k, v = self._project(self._norm(x, w["input_layernorm"]), w, positions)
-            heads = attend(q, np.concatenate([cache.keys[layer], k], 1), np.concatenate([cache.values[layer], v], 1))
+            bias = None if cache.bias is None else np.pad(cache.bias[layer], ((0, 0), (0, len(x))))
+            heads = attend(
+                q, np.concatenate([cache.keys[layer], k], 1), np.concatenate([cache.values[layer], v], 1), bias
+            )
             attended = heads.transpose(1, 0, 2).reshape(len(x), -1) @ w["self_attn.o_proj"].T
             x = x + attended
             x = x + _mlp(self._norm(x, w["post_attention_layernorm"]), w)
@@ -123,8 +131,9 @@ def attend(
     queries: Float32[np.ndarray, "n_query_heads n_queries head_dim"],
     keys: Float32[np.ndarray, "n_kv_heads n_tokens head_dim"],
     values: Float32[np.ndarray, "n_kv_heads n_tokens head_dim"],
+    bias: Float32[np.ndarray, "n_kv_heads n_tokens"] | None = None,
 ) -> Float32[np.ndarray, "n_query_heads n_queries head_dim"]:
-    """Causal attention; the queries are those of the last tokens."""
+    """Causal attention; the queries are those of the last tokens. bias: added to the logits of each key."""
     _, n_queries, head_dim = queries.shape
     n_kv_heads, n_tokens, _ = keys.shape
     grouped = (queries / np.float32(np.sqrt(head_dim))).reshape(n_kv_heads, -1, n_queries, head_dim)
@@ -135,6 +144,8 @@ def attend(
         seen = n_tokens - n_queries + start + n_some
         scores = some.reshape(n_kv_heads, -1, head_dim) @ keys[:, :seen].transpose(0, 2, 1)
         scores = scores.reshape(n_kv_heads, -1, n_some, seen)
+        if bias is not None:
+            scores += bias[:, None, None, :seen]
         scores[..., seen - n_some :] += np.triu(np.full((n_some, n_some), -np.inf, np.float32), 1)
         scores -= scores.max(-1, keepdims=True)
         np.exp(scores, out=scores)

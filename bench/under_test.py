@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float16, Int
+from jaxtyping import Float16, Float32, Int
 from reference_model import Cache, ReferenceModel, Trace
 
 Half = Float16[np.ndarray, "n_layers n_kv_heads n_tokens head_dim"]
@@ -27,6 +27,7 @@ class Coded:
     paper_bits: float  # as the KVTC paper counts: the payload of the coded tokens; no sinks, window or headers
     paper_values: int  # the keys' and values' numbers that `paper_bits` stand for
     seconds: tuple[float, float] | None = None  # to encode and to decode, where these are two steps
+    bias: Float32[np.ndarray, "n_layers n_kv_heads n_tokens"] | None = None  # -inf: dropped by that head
 
 
 class Codec(Protocol):
@@ -56,7 +57,12 @@ class Course:
         for start in range(0, self.n_prefix, self.block_size):
             rows = slice(start, start + self.block_size)
             blocks.append(codec(keys[:, :, rows], values[:, :, rows], start))
-        back = Cache(_joined([block.keys for block in blocks]), _joined([block.values for block in blocks]))
+        bias = [block.bias for block in blocks if block.bias is not None]
+        back = Cache(
+            _joined([block.keys for block in blocks]),
+            _joined([block.values for block in blocks]),
+            _joined(bias) if bias else None,
+        )
         return back.first(self.n_prefix - self.n_recomputed), blocks
 
     def resume(self, model: ReferenceModel, token_ids: Int[np.ndarray, " n"], restored: Cache) -> Trace:
