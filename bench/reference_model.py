@@ -80,10 +80,16 @@ class ReferenceModel:
         """The matrix that takes the heads' outputs, side by side, back into the residual stream."""
         return self._layers[layer]["self_attn.o_proj"]
 
-    def run(self, token_ids: Int[np.ndarray, " n_tokens"], cache: Cache | None = None) -> Trace:
-        """The model on tokens that follow what `cache` holds (nothing by default)."""
+    def run(
+        self, token_ids: Int[np.ndarray, " n_tokens"], cache: Cache | None = None, first_position: int | None = None
+    ) -> Trace:
+        """The model on tokens that follow what `cache` holds (nothing by default).
+
+        first_position: of these tokens, where the cache does not hold a row for each before them.
+        """
         cache = cache or self.empty_cache()
-        positions = np.arange(cache.n_tokens, cache.n_tokens + len(token_ids))
+        start = cache.n_tokens if first_position is None else first_position
+        positions = np.arange(start, start + len(token_ids))
         x = self.embedding[token_ids]
         keys, values, queries, attention = [], [], [], []
         for layer, w in enumerate(self._layers):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load
 from mlx_lm.models.cache import make_prompt_cache
-from reference_model import BOS, DATA, REFERENCE_MODEL, ReferenceModel, log_softmax, windows
+from reference_model import BOS, DATA, REFERENCE_MODEL, Cache, ReferenceModel, log_softmax, windows
 
 pytestmark = pytest.mark.slow  # runs the reference model, or fits to much data
 
@@ -105,3 +105,29 @@ def test_no_text_is_both_calibration_and_held_out() -> None:
 def test_more_windows_than_there_is_text_are_refused() -> None:
     with pytest.raises(ValueError, match="24 windows"):
         windows("heldout", 25, 2049)
+
+
+def test_a_bias_of_log_r_is_r_copies_of_each_token_through_the_whole_model() -> None:
+    token_ids = windows("heldout", 1, 96)[0]
+    prefix = MODEL.run(token_ids[:64]).added
+    copies = np.random.default_rng(0).integers(1, 4, 64)
+    copied = Cache(prefix.keys.repeat(copies, 2), prefix.values.repeat(copies, 2))
+    bias = np.broadcast_to(np.log(copies).astype(np.float32), prefix.keys.shape[:3])
+    biased = Cache(prefix.keys, prefix.values, bias.copy())
+    # Both at the same positions: the tokens after a compacted prefix stand where they would without it.
+    expected = MODEL.run(token_ids[64:], copied, first_position=64).logits
+    found = MODEL.run(token_ids[64:], biased).logits
+    np.testing.assert_allclose(log_softmax(found), log_softmax(expected), atol=1e-5)
+    assert np.abs(found - MODEL.run(token_ids[64:], prefix).logits).max() > 0.01
+
+
+def test_a_token_with_a_bias_of_minus_infinity_is_not_there() -> None:
+    token_ids = windows("heldout", 1, 96)[0]
+    prefix = MODEL.run(token_ids[:64]).added
+    bias = np.zeros(prefix.keys.shape[:3], np.float32)
+    bias[:, :, 10:20] = -np.inf
+    rest = np.r_[:10, 20:64]
+    without = Cache(prefix.keys[:, :, rest], prefix.values[:, :, rest])
+    expected = MODEL.run(token_ids[64:], without, first_position=64).logits
+    found = MODEL.run(token_ids[64:], Cache(prefix.keys, prefix.values, bias)).logits
+    np.testing.assert_allclose(log_softmax(found), log_softmax(expected), atol=1e-5)
