@@ -89,10 +89,12 @@ class KVBlock:
         )
 
     def to_tensors(self) -> dict[str, Shaped[np.ndarray, "..."]]:
-        """The tensors of the wire. Only for dense blocks: the wire has no form for others yet."""
-        assert self.is_dense, "a compacted block has no dense tensors"
+        """The tensors of the wire: those of `dense`, or for a compacted block its rows as they are, packed."""
         if not self.lengths.size:
             return dict(self.opaque)
+        if not self.is_dense:
+            packed = ("keys", "values", "lengths", "positions", "bias")
+            return {**{name: getattr(self, name) for name in packed}, **self.opaque}
         heads = (*self.lengths.shape, self.n_source_tokens)
         keys = self.keys.reshape(*heads, self.keys.shape[-1])
         values = self.values.reshape(*heads, self.values.shape[-1])

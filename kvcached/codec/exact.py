@@ -17,7 +17,9 @@ Arrays = Mapping[str, Shaped[np.ndarray, "..."]]
 
 
 def to_sections(block: KVBlock, zstd_level: int) -> Iterator[Section]:
-    """The sections of a dense block. Inverse: `from_sections`."""
+    """The sections of a dense block. Inverse: `from_sections`. Raises ValueError for a compacted one."""
+    if not block.is_dense:
+        raise ValueError("a block that was compacted cannot be kept exactly")
     tensors = block.to_tensors()
     for name, kind in _DENSE.items():
         for layer, rows in enumerate(tensors.get(name, ())):

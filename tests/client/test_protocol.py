@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcached_client._proto import kvcached_pb2 as pb
-from kvcached_client.protocol import METHODS, SERVICE, Part, describe_part, read_chunk, read_payload, write_chunk
+from kvcached_client.protocol import (
+    METHODS,
+    SERVICE,
+    Part,
+    check_am_ratio,
+    describe_part,
+    read_chunk,
+    read_payload,
+    write_chunk,
+)
 
 payloads = st.binary(max_size=300) | st.integers(120, 20_000).map(bytes)
 
@@ -106,3 +115,17 @@ def test_every_method_has_its_messages_and_only_put_and_get_stream() -> None:
         if service_method.output_type.name != "Chunk":
             response = getattr(pb, service_method.output_type.name)()
             assert method.read_response(method.write_response(response)) == response
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 4, 2.5, 8, "1", "4", " 2.5 ", "8e0"])
+def test_a_ratio_from_1_to_8_is_taken_as_a_number_or_as_its_text(ratio: object) -> None:
+    assert check_am_ratio(ratio) == float(ratio)
+
+
+@pytest.mark.parametrize(
+    "ratio", [0, -1, 0.5, 8.01, float("nan"), float("inf"), "four", "", "nan", True, None, 10**400]
+)
+def test_any_other_ratio_is_refused_with_what_is_allowed_and_what_came(ratio: object) -> None:
+    with pytest.raises(ValueError, match="am_ratio must be a number from 1 to 8, got ") as refused:
+        check_am_ratio(ratio)
+    assert repr(ratio) in str(refused.value)

@@ -8,6 +8,7 @@ from codec.frames import DENSE_DTYPES, Wire, arrays, filled, wires
 from hypothesis import given
 from support import dense_tensors, same_tensors, tiny_spec
 
+from kvcached import codec
 from kvcached.block import BlockId, KVBlock
 from kvcached_client.tensors import DTYPES
 
@@ -131,9 +132,16 @@ def test_a_block_that_stands_for_more_tokens_than_it_has_rows_is_not_dense() -> 
     assert not replace(small_block(), n_source_tokens=5).is_dense
 
 
-def test_a_block_that_is_not_dense_has_no_tensors() -> None:
-    with pytest.raises(AssertionError, match="compacted"):
-        shortened().to_tensors()
+def test_a_block_that_is_not_dense_has_its_rows_as_tensors() -> None:
+    block = shortened()
+    found = block.to_tensors()
+    assert list(found) == ["keys", "values", "lengths", "positions", "bias"]
+    assert all(found[name] is getattr(block, name) for name in found)
+
+
+def test_a_block_that_is_not_dense_has_no_exact_frame() -> None:
+    with pytest.raises(ValueError, match="compacted"):
+        codec.encode(BlockId(bytes(32), "", bytes(32)), shortened())
 
 
 @given(arrays())

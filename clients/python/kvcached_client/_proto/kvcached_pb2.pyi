@@ -152,7 +152,7 @@ class Chunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id", "store_as", "store_as_bundle")
+    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id", "store_as", "store_as_bundle", "am_ratio")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class Header(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STORE_AS_FIELD_NUMBER: _ClassVar[int]
     STORE_AS_BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    AM_RATIO_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hash: bytes
@@ -189,7 +190,8 @@ class Header(_message.Message):
     request_id: str
     store_as: str
     store_as_bundle: bytes
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ..., store_as: _Optional[str] = ..., store_as_bundle: _Optional[bytes] = ...) -> None: ...
+    am_ratio: float
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ..., store_as: _Optional[str] = ..., store_as_bundle: _Optional[bytes] = ..., am_ratio: _Optional[float] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -286,7 +288,7 @@ class CalibrateRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[CalibrateStart, _Mapping]] = ..., header: _Optional[_Union[CalibrateHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class CalibrateStart(_message.Message):
-    __slots__ = ("model_id", "layers_per_group", "seed", "profiles")
+    __slots__ = ("model_id", "layers_per_group", "seed", "profiles", "budgets")
     class ProfilesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -298,11 +300,13 @@ class CalibrateStart(_message.Message):
     LAYERS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
+    BUDGETS_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     layers_per_group: int
     seed: int
     profiles: _containers.ScalarMap[str, float]
-    def __init__(self, model_id: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., seed: _Optional[int] = ..., profiles: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    budgets: str
+    def __init__(self, model_id: _Optional[bytes] = ..., layers_per_group: _Optional[int] = ..., seed: _Optional[int] = ..., profiles: _Optional[_Mapping[str, float]] = ..., budgets: _Optional[str] = ...) -> None: ...
 
 class CalibrateHeader(_message.Message):
     __slots__ = ("part", "first_position", "n_tokens", "tensors", "data_bytes")
@@ -365,7 +369,7 @@ class ProfileStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., target_compression: _Optional[float] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ...) -> None: ...
 
 class BundleStatus(_message.Message):
-    __slots__ = ("bundle_id", "model_id", "model_name", "layers_per_group", "bytes", "installed", "n_blocks", "current", "profiles")
+    __slots__ = ("bundle_id", "model_id", "model_name", "layers_per_group", "bytes", "installed", "n_blocks", "current", "profiles", "compacts")
     BUNDLE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
@@ -375,6 +379,7 @@ class BundleStatus(_message.Message):
     N_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CURRENT_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
+    COMPACTS_FIELD_NUMBER: _ClassVar[int]
     bundle_id: bytes
     model_id: bytes
     model_name: str
@@ -384,7 +389,8 @@ class BundleStatus(_message.Message):
     n_blocks: int
     current: bool
     profiles: _containers.RepeatedCompositeFieldContainer[ProfileStatus]
-    def __init__(self, bundle_id: _Optional[bytes] = ..., model_id: _Optional[bytes] = ..., model_name: _Optional[str] = ..., layers_per_group: _Optional[int] = ..., bytes: _Optional[int] = ..., installed: _Optional[int] = ..., n_blocks: _Optional[int] = ..., current: bool = ..., profiles: _Optional[_Iterable[_Union[ProfileStatus, _Mapping]]] = ...) -> None: ...
+    compacts: bool
+    def __init__(self, bundle_id: _Optional[bytes] = ..., model_id: _Optional[bytes] = ..., model_name: _Optional[str] = ..., layers_per_group: _Optional[int] = ..., bytes: _Optional[int] = ..., installed: _Optional[int] = ..., n_blocks: _Optional[int] = ..., current: bool = ..., profiles: _Optional[_Iterable[_Union[ProfileStatus, _Mapping]]] = ..., compacts: bool = ...) -> None: ...
 
 class AttachMeasurementsRequest(_message.Message):
     __slots__ = ("bundle_id", "profiles")
@@ -690,7 +696,7 @@ class SetConfigResponse(_message.Message):
     def __init__(self, settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ...) -> None: ...
 
 class Entry(_message.Message):
-    __slots__ = ("namespace", "parent_hash", "index", "n_tokens", "first_position", "token_hash", "fidelity", "lineage", "min_fidelity", "boundary", "source_bytes", "stored_bytes", "frame_bytes", "payload_id", "created", "last_used", "expires", "pinned_until")
+    __slots__ = ("namespace", "parent_hash", "index", "n_tokens", "first_position", "token_hash", "fidelity", "lineage", "min_fidelity", "boundary", "source_bytes", "stored_bytes", "frame_bytes", "payload_id", "created", "last_used", "expires", "pinned_until", "mass_error", "output_error")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     PARENT_HASH_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -709,6 +715,8 @@ class Entry(_message.Message):
     LAST_USED_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_FIELD_NUMBER: _ClassVar[int]
     PINNED_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    MASS_ERROR_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_ERROR_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     parent_hash: bytes
     index: int
@@ -727,7 +735,9 @@ class Entry(_message.Message):
     last_used: int
     expires: int
     pinned_until: int
-    def __init__(self, namespace: _Optional[str] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., token_hash: _Optional[bytes] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., payload_id: _Optional[int] = ..., created: _Optional[int] = ..., last_used: _Optional[int] = ..., expires: _Optional[int] = ..., pinned_until: _Optional[int] = ...) -> None: ...
+    mass_error: float
+    output_error: float
+    def __init__(self, namespace: _Optional[str] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., token_hash: _Optional[bytes] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., payload_id: _Optional[int] = ..., created: _Optional[int] = ..., last_used: _Optional[int] = ..., expires: _Optional[int] = ..., pinned_until: _Optional[int] = ..., mass_error: _Optional[float] = ..., output_error: _Optional[float] = ...) -> None: ...
 
 class Departure(_message.Message):
     __slots__ = ("model_id", "block_hash", "reason", "time")
