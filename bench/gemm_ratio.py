@@ -26,8 +26,9 @@ from jaxtyping import Float32
 from kvcached import codec
 from kvcached.block import BlockId, Fingerprint, KVBlock, LayerSpec, ModelSpec, RopeSpec
 from kvcached.codec import entropy, planes, quantize
-from kvcached.codec.bundle import Bundle, Coder, Profile, Tables, storable
+from kvcached.codec.bundle import Bundle, Coder
 from kvcached.codec.klt import Basis
+from kvcached.codec.tables import Profile, Tables, storable
 from kvcached_client.tensors import DTYPES
 
 N_LAYERS, N_KV_HEADS, HEAD_DIM, N_TOKENS, LAYERS_PER_GROUP = 28, 4, 128, 256, 7

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from calibration import N_TOKENS, N_WINDOWS
+from head_weights import head_weights
 from jaxtyping import Float32, Int
 from reference_model import REFERENCE_MODEL, ReferenceModel, windows
 from under_test import Coded, Half
@@ -52,14 +53,15 @@ def calibration(
     weighted: bool = True,
     n_windows: int = N_WINDOWS,
     n_tokens: int = N_TOKENS,
+    compacts: bool = False,
 ) -> Calibration:
     """As `kvcachedctl calibrate` does it, from the NumPy forward: as much text to fit as the baselines, more to tune.
 
-    weighted: with the queries and the metric of the output projection.
+    weighted: with the queries and the metric of the output projection. compacts: with what errors of heads weigh, too.
     """
     found = Calibration(spec(), layers_per_group)
     if weighted:
-        found.set_output_metric(output_metric(model))
+        found.set_output_metric(output_metric(model), head_weights(model) if compacts else None)
     token_ids = windows("calibration", n_windows + N_TUNE_WINDOWS, n_tokens)
     parts = ["tune" if i % (len(token_ids) // N_TUNE_WINDOWS) == 1 else "fit" for i in range(len(token_ids))]
     with ThreadPoolExecutor(2) as pool:

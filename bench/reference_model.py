@@ -7,7 +7,7 @@ compares it with mlx-lm.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ REFERENCE_MODEL = DATA / "qwen3-5m"
 BOS, EOS = 0, 1  # every sequence begins with BOS; EOS ends a document
 _QUERIES_AT_ONCE = 256  # bounds the logits that are held, and spares most of what the causal mask would hide
 
+Heads = Float32[np.ndarray, "_n_heads _n_tokens _head_dim"]
 Rows = Float32[np.ndarray, "n_layers n_kv_heads n_tokens head_dim"]
 
 
@@ -81,11 +82,16 @@ class ReferenceModel:
         return self._layers[layer]["self_attn.o_proj"]
 
     def run(
-        self, token_ids: Int[np.ndarray, " n_tokens"], cache: Cache | None = None, first_position: int | None = None
+        self,
+        token_ids: Int[np.ndarray, " n_tokens"],
+        cache: Cache | None = None,
+        first_position: int | None = None,
+        change: Callable[[int, Heads, Heads, Heads, Heads], Heads] | None = None,
     ) -> Trace:
         """The model on tokens that follow what `cache` holds (nothing by default).
 
-        first_position: of these tokens, where the cache does not hold a row for each before them.
+        first_position: of these tokens, where the cache does not hold a row for each before them. change: of a layer,
+        its queries, keys and values, what its heads read; gives what they are to have read.
         """
         cache = cache or self.empty_cache()
         start = cache.n_tokens if first_position is None else first_position
@@ -95,9 +101,13 @@ class ReferenceModel:
         for layer, w in enumerate(self._layers):
             q, k, v = self._project(self._norm(x, w["input_layernorm"]), w, positions)
             bias = None if cache.bias is None else np.pad(cache.bias[layer], ((0, 0), (0, len(x))))
-            heads = attend(
-                q, np.concatenate([cache.keys[layer], k], 1), np.concatenate([cache.values[layer], v], 1), bias
+            all_keys, all_values = (
+                np.concatenate([cache.keys[layer], k], 1),
+                np.concatenate([cache.values[layer], v], 1),
             )
+            heads = attend(q, all_keys, all_values, bias)
+            if change:
+                heads = change(layer, q, all_keys, all_values, heads)
             attended = heads.transpose(1, 0, 2).reshape(len(x), -1) @ w["self_attn.o_proj"].T
             x = x + attended
             x = x + _mlp(self._norm(x, w["post_attention_layernorm"]), w)

@@ -6,12 +6,14 @@ Every message names what was expected and what came.
 import hashlib
 from collections.abc import Mapping
 from math import inf, prod
+from typing import cast
 
 import numpy as np
 
 from kvcached.block import BlockId, Fidelity, FidelityKind, ModelSpec
 from kvcached.codec.bundle import PROFILES
 from kvcached.errors import InvalidRequestError, PreconditionError
+from kvcached.matching import BUDGETS, BudgetsBy
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import HASH_BYTES, block_hash, token_bytes
@@ -215,20 +217,30 @@ def calibration_profiles(start: pb.CalibrateStart, spec: ModelSpec) -> dict[str,
     return {name: asked[name] or usual for name, usual in PROFILES.items() if name in asked}
 
 
+def calibration_budgets(start: pb.CalibrateStart) -> BudgetsBy:
+    """By what compaction is to share tokens between heads."""
+    if start.budgets not in ("", *BUDGETS):
+        raise InvalidRequestError(
+            f"budgets are by {', '.join(BUDGETS)}, got {start.budgets[:MAX_MESSAGE_CHARACTERS]!r}"
+        )
+    return cast(BudgetsBy, start.budgets or BUDGETS[0])
+
+
 def check_piece(header: pb.CalibrateHeader, spec: ModelSpec, max_block_bytes: int) -> None:
     """What is said of a piece of calibration data, before any of it is received: text, or metrics of the output."""
     if problems := tensors.problems(header.tensors):
         raise InvalidRequestError("; ".join(problems))
     got = {t.name: (t.dtype, tuple(t.shape)) for t in header.tensors}
-    expected = _metric_tensors(spec) if "output_metric" in got else _text_tensors(header, spec, got)
+    expected = _metric_tensors(spec, got) if "output_metric" in got else _text_tensors(header, spec, got)
     if got != expected:
         raise InvalidRequestError(f"tensors of this piece of calibration data should be {expected}, got {got}")
     _check_size(header, max_block_bytes)
 
 
-def _metric_tensors(spec: ModelSpec) -> _Described:
+def _metric_tensors(spec: ModelSpec, got: _Described) -> _Described:
     n_layers, n_kv_heads, _, dim = spec.dense_shapes()["values"]
-    return {"output_metric": ("float32", (n_layers, n_kv_heads, dim, dim))}
+    expected: _Described = {"output_metric": ("float32", (n_layers, n_kv_heads, dim, dim))}
+    return expected | ({"head_weights": ("float32", (n_layers, n_kv_heads))} if "head_weights" in got else {})
 
 
 def _text_tensors(header: pb.CalibrateHeader, spec: ModelSpec, got: _Described) -> _Described:
@@ -274,6 +286,8 @@ def check_piece_values(arrays: Mapping[str, np.ndarray]) -> None:
                 raise InvalidRequestError(f"positions of queries must be 0 to 2**31 - 1, got {array.min()}")
         elif not np.isfinite(array).all():
             raise InvalidRequestError(f"{name} must be finite, got NaN or infinity")
+    if "head_weights" in arrays and not arrays["head_weights"].min() > 0:
+        raise InvalidRequestError(f"head_weights must be above 0, got {arrays['head_weights'].min()}")
     if "output_metric" in arrays:
         metric = arrays["output_metric"].astype(np.float64)
         difference = np.abs(metric - metric.swapaxes(-1, -2)).max()

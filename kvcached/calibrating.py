@@ -19,7 +19,8 @@ from kvcached import border
 from kvcached.block import KVBlock, ModelSpec
 from kvcached.cache import Cache
 from kvcached.calibration import MAX_LAYERS_PER_GROUP, Calibration, Part
-from kvcached.codec.bundle import SIDES, Bundle, group_widths
+from kvcached.codec.bundle import Bundle, group_widths
+from kvcached.codec.tables import SIDES
 from kvcached.errors import InvalidRequestError, OverloadedError
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -50,7 +51,7 @@ class Calibrating:
         """
         start = _start(requests)
         spec = self._cache.model(start.model_id)
-        profiles = border.calibration_profiles(start, spec)
+        profiles, budgets = border.calibration_profiles(start, spec), border.calibration_budgets(start)
         if not self._free.acquire(blocking=False):
             raise OverloadedError("a model is being calibrated, and only one is at a time: try later")
         with ExitStack() as holding:
@@ -59,13 +60,15 @@ class Calibrating:
             calibration = self._calibration(spec, start.layers_per_group or None, start.seed)
             self._receive(requests, spec, calibration)
             log.info("fitting", model=spec.name, profiles=list(profiles))
-            begun, fit = time.monotonic(), _in_thread(lambda: calibration.fit(profiles), holding.pop_all())
+            begun, fit = time.monotonic(), _in_thread(lambda: calibration.fit(profiles, budgets), holding.pop_all())
         while not wait([fit], _WANTED_SECONDS).done and is_wanted():
             pass
         if not is_wanted():
             raise CancelledError
         bundle = fit.result()
         seconds = round(time.monotonic() - begun, 3)
+        if bundle.compaction is None:
+            log.info("blocks cannot be compacted", model=spec.name, reason=calibration.compaction_problem)
         log.info("calibrated", model=spec.name, bundle=bundle.bundle_id.hex(), fit_seconds=seconds)
         return bundle
 
@@ -84,7 +87,7 @@ class Calibrating:
                 raise InvalidRequestError("output_metric was expected once, and came twice")
             else:
                 has_metric = True
-                calibration.set_output_metric(_symmetric(arrays["output_metric"]))
+                calibration.set_output_metric(_symmetric(arrays["output_metric"]), arrays.get("head_weights"))
 
 
 def _start(requests: Requests) -> pb.CalibrateStart:

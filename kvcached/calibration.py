@@ -1,6 +1,7 @@
 """From a model's caches on some text to its bundle: what is accumulated on the way, and how it is fitted. Pure.
 
     fit text     moments of the planes' rows; with queries, how much errors matter (sensitivity.py): bases and metrics
+                 and what compaction takes (matching.py, anchors.py)
     tune text    a bounded sample of rows, which fitting never sees: steps and tables of each profile (steps.py)
 
 Nothing else is kept. The same blocks in the same order give the same bundle. Which text belongs to which part is the
@@ -8,22 +9,26 @@ caller's business; text on which a bundle is measured must be in neither.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int32
 
-from kvcached import sensitivity, steps
+from kvcached import anchors, sensitivity, steps
 from kvcached.block import KVBlock, ModelSpec
 from kvcached.codec import klt, planes, rope
-from kvcached.codec.bundle import SIDES, Bundle, Profile, Tables, group_widths, storable
+from kvcached.codec.bundle import Bundle, group_widths
+from kvcached.codec.compactor import COMPACTED_PROFILES, Compaction
+from kvcached.codec.tables import SIDES, Profile, Tables, storable
 from kvcached.errors import InvalidRequestError
+from kvcached.matching import FRACTIONS, BudgetsBy, Matching
 from kvcached_client.tensors import DTYPES
 
 Part = Literal["fit", "tune"]
 Queries = Float32[np.ndarray, "n_layers n_query_heads n_queries key_dim"]
 OutputMetric = Float32[np.ndarray, "n_layers n_kv_heads value_dim value_dim"]
+HeadWeights = Float32[np.ndarray, "_n_layers _n_kv_heads"]
 
 MAX_LAYERS_PER_GROUP = 8
 MAX_TUNE_ROWS, _MAX_TUNE_BYTES = 4096, 128 << 20
@@ -36,7 +41,12 @@ _SINKS = planes.N_SINKS / 1024  # of all tokens, in texts as short as worth stor
 
 
 class Calibration:
-    """Statistics of a model's caches, and the bundle that follows from them. Not safe for concurrent calls."""
+    """Statistics of a model's caches, and the bundle that follows from them. Not safe for concurrent calls.
+
+    compaction_problem: why a bundle has nothing on compaction, if it has nothing.
+    """
+
+    compaction_problem = "the model showed no queries"
 
     def __init__(
         self, spec: ModelSpec, layers_per_group: int | None = None, seed: int = 0, n_recomputed: int = N_RECOMPUTED
@@ -67,14 +77,18 @@ class Calibration:
         self._output_metric: Float64[np.ndarray, "n_layers n_kv_heads value_dim value_dim"] | None = None
         self._key_metric = np.zeros((n_layers, n_kv_heads, key_dim, key_dim))
         self._value_weight = np.zeros((n_layers, n_kv_heads))
+        self._head_weights: Float32[np.ndarray, "n_layers n_kv_heads"] | None = None
+        self._matching = Matching(spec, seed, n_recomputed)
 
     @property
     def n_rows(self) -> dict[Part, int]:
         """How many tokens each part has had, sinks apart."""
         return {"fit": self._moments["keys"][0].n_rows, "tune": self._sample.n_seen}
 
-    def set_output_metric(self, metric: OutputMetric) -> None:
+    def set_output_metric(self, metric: OutputMetric, head_weights: HeadWeights | None = None) -> None:
         """W^T W of the output projection, summed over the query heads of each KV head; due before the first queries.
+
+        head_weights: what a squared error in what each head adds was measured to cost; for the budgets of compaction.
 
         Raises InvalidRequestError for other shapes, numbers that are not finite, or none that is not 0.
         """
@@ -84,7 +98,11 @@ class Calibration:
             raise InvalidRequestError(
                 f"an output metric is finite, not all zero and of shape {expected}, got shape {metric.shape}"
             )
-        self._output_metric = metric.astype(np.float64)
+        if head_weights is not None and not (
+            head_weights.shape == expected[:2] and np.isfinite(head_weights).all() and (head_weights > 0).all()
+        ):
+            raise InvalidRequestError(f"head weights are {expected[:2]} finite numbers above 0")
+        self._output_metric, self._head_weights = metric.astype(np.float64), head_weights
 
     def add(
         self,
@@ -117,8 +135,10 @@ class Calibration:
             added = [klt.Moments.of(rows) for rows in groups]
             self._moments[side] = [old + new for old, new in zip(self._moments[side], added, strict=True)]
 
-    def fit(self, profiles: Mapping[str, float]) -> Bundle:
+    def fit(self, profiles: Mapping[str, float], budgets: BudgetsBy = "curves") -> Bundle:
         """The bundle. profiles: compression by name, which is reached on tune text with every stored byte counted.
+
+        budgets: by what compaction shares tokens between heads. A model that showed no queries is not compacted.
 
         Raises:
             InvalidRequestError: there is too little text, or a compression that cannot be reached.
@@ -140,7 +160,35 @@ class Calibration:
             for side in SIDES
         }
         found = {name: self._choose(samples, name, compression) for name, compression in profiles.items()}
-        return _without_unused(self.spec, self.layers_per_group, bases, found)
+        bundle = _without_unused(self.spec, self.layers_per_group, bases, found)
+        return replace(bundle, compaction=self._compaction(profiles, weights, budgets))
+
+    def _compaction(
+        self, profiles: Mapping[str, float], weights: Mapping[str, list["_Weight"]], by: BudgetsBy
+    ) -> Compaction | None:
+        targets = {name: float(profiles[name]) for name in COMPACTED_PROFILES if name in profiles}
+        blocks, reservoir, metric = self._matching.blocks, self._matching.reservoir, self._output_metric
+        if not targets or not blocks or reservoir is None or metric is None:
+            return None
+        sides = {
+            side: anchors.GroupStatistics(
+                self._moments[side], [w.metric for w in weights[side]], [w.scale for w in weights[side]]
+            )
+            for side in SIDES
+        }
+        outline = Compaction(
+            np.array(FRACTIONS, np.float32),
+            self._matching.curves(by, self._head_weights),
+            reservoir.astype(np.float16).astype(np.float32),
+            metric.astype(np.float32),
+            {},
+        )
+        fitting = anchors.Fitting(self.spec, self.layers_per_group, blocks, sides)
+        try:
+            return anchors.fit(outline, fitting, targets)
+        except anchors.NoCompactionError as error:  # it is coded all the same
+            self.compaction_problem = str(error)
+            return None
 
     def _widths(self, side: str) -> list[int]:
         return group_widths(self.spec, self.layers_per_group, side)
@@ -165,6 +213,7 @@ class Calibration:
             raise InvalidRequestError(f"queries are finite, at positions {block.first_position} to {last} of the block")
         tensors = block.to_tensors()
         per_kv_head = n_query_heads // n_kv_heads
+        self._matching.add(block, queries, positions, self._output_metric / per_kv_head)
         for index, layer in enumerate(layers):
             text = sensitivity.Text(
                 tensors["keys"][index].astype(np.float32),

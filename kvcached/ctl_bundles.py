@@ -45,6 +45,7 @@ class Engine(Protocol):
         profiles: Sequence[str],
         layers_per_group: int,
         seed: int,
+        budgets: str,
         progress: Report,
     ) -> pb.BundleStatus:
         """Calibrates a model, measures its profiles on text of their own, and attaches that to the bundle."""
@@ -168,6 +169,13 @@ _TEXT = "text to use, in UTF-8; without it, a small corpus that comes with the a
 @click.option("--tokens", "n_tokens", type=click.IntRange(1), default=_DEFAULT_TOKENS, show_default=True, help="to fit")
 @click.option("--layers-per-group", type=click.IntRange(0), default=0, help="layers that share a basis; 0: as usual")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=0, help="the same one gives the same bundle")
+@click.option(
+    "--budgets",
+    type=click.Choice(["curves", "entropy", "uniform"]),
+    default="curves",
+    show_default=True,
+    help="how compaction shares tokens between heads: by measured errors, by entropy of attention, or evenly",
+)
 def calibrate(
     connection: Connection,
     model: str,

@@ -46,21 +46,24 @@ class Choice:
     distortion: float  # weighted, of a row
 
 
-def choose(samples: Sequence[Sample], budget: float, block_size: int) -> Choice:
+def choose(samples: Sequence[Sample], budget: float, block_size: int | None) -> Choice:
     """The steps that lose least within a budget.
 
-    budget: bits per value of the rows, in streams of `block_size` rows of a plane.
+    budget: bits per value of the rows, in streams of `block_size` rows of a plane. None: all rows of all planes are one
+    stream, and all components have the same step in the metric's unit: planes may have too few rows to tell more.
 
     Raises:
         ValueError: the budget is below what streams without content take.
     """
+    if block_size is None:
+        return _measured(samples, _common(samples, budget, block_size), block_size)
     few = [sample.first(_SEARCH_ROWS) for sample in samples]
     common = _common(few, budget, block_size)
     varied = [step * factor for step, factor in zip(common, _factors(few, common, budget), strict=True)]
     return _measured(samples, _within(samples, varied, budget, block_size), block_size)
 
 
-def _common(samples: Sequence[Sample], budget: float, block_size: int) -> Steps:
+def _common(samples: Sequence[Sample], budget: float, block_size: int | None) -> Steps:
     """One step in the metric's unit for all components, as small as the budget allows."""
     flat = [np.full(s.coefficients.shape[1], s.weight**-0.5, np.float32) for s in samples]
     largest = max(float(np.abs(s.coefficients).max(initial=0)) * s.weight**0.5 for s in samples)
@@ -70,7 +73,9 @@ def _common(samples: Sequence[Sample], budget: float, block_size: int) -> Steps:
     return _within(samples, _scaled(flat, all_zero), budget, block_size, grain=4.0)
 
 
-def _within(samples: Sequence[Sample], steps: Steps, budget: float, block_size: int, grain: float = 1.1) -> Steps:
+def _within(
+    samples: Sequence[Sample], steps: Steps, budget: float, block_size: int | None, grain: float = 1.1
+) -> Steps:
     """The steps, all scaled by the one factor with which they just keep to the budget; looked for from 1, by `grain`.
 
     Bits fall nearly evenly with the logarithm of the factor, so that few trials between two bounds are enough.
@@ -108,8 +113,10 @@ def _symbols(sample: Sample, steps: Float32[np.ndarray, " n"]) -> Int32[np.ndarr
     return quantize.quantize(np.asfortranarray(sample.coefficients), steps, DEAD_ZONE)
 
 
-def _bits(samples: Sequence[Sample], steps: Steps, block_size: int) -> float:
+def _bits(samples: Sequence[Sample], steps: Steps, block_size: int | None) -> float:
     """Bits per value of streams with the tables that suit them best."""
+    if block_size is None:
+        return 8 * _one_stream_bytes(samples, steps) / _n_values(samples)
     n_bytes = 0
     for sample, plane_steps in zip(samples, steps, strict=True):
         symbols = _symbols(sample, plane_steps)[:, plane_steps > 0]
@@ -124,6 +131,13 @@ def _n_values(samples: Sequence[Sample]) -> int:
 def _stream_bytes(symbols: Int32[np.ndarray, "n_rows n"], scales: UInt8[np.ndarray, " n"], block_size: int) -> int:
     starts = range(0, len(symbols), block_size)
     return sum(len(entropy.encode(symbols[start : start + block_size], scales)) for start in starts)
+
+
+def _one_stream_bytes(samples: Sequence[Sample], steps: Steps) -> int:
+    symbols = [_symbols(sample, plane_steps) for sample, plane_steps in zip(samples, steps, strict=True)]
+    scales = [np.repeat(entropy.choose_scale(plane), len(plane)) for plane in symbols]
+    flat = np.concatenate([plane.T.reshape(-1) for plane in symbols])
+    return len(entropy.encode(flat[None], np.concatenate(scales)))
 
 
 def _factors(samples: Sequence[Sample], common: Steps, budget: float) -> list[Float32[np.ndarray, " n_components"]]:
@@ -175,7 +189,7 @@ def _loss(
     return lost
 
 
-def _measured(samples: Sequence[Sample], steps: Steps, block_size: int) -> Choice:
+def _measured(samples: Sequence[Sample], steps: Steps, block_size: int | None) -> Choice:
     symbols = [_symbols(sample, plane_steps) for sample, plane_steps in zip(samples, steps, strict=True)]
     # A component whose symbols are all 0 need not be coded: it comes back the same.
     steps = [np.where(s.any(axis=0), plane_steps, np.float32(0)) for s, plane_steps in zip(symbols, steps, strict=True)]

@@ -8,8 +8,9 @@ from support import DaemonProcess, chain
 
 from kvcached.block import KVBlock, ModelSpec
 from kvcached.codec import entropy, klt, planes, quantize
-from kvcached.codec.bundle import PROFILES, SIDES, Bundle, Profile, Tables, storable
+from kvcached.codec.bundle import PROFILES, Bundle
 from kvcached.codec.klt import Basis, Moments
+from kvcached.codec.tables import SIDES, Profile, Tables, storable
 from kvcached_client import Block, Client
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.tensors import DTYPES

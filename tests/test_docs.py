@@ -74,7 +74,7 @@ def test_the_format_document_has_the_sizes_of_the_code() -> None:
     assert f"## Record: {container._RECORD.size} bytes" in text
     assert " ".join(f"{byte:02X}" for byte in container.MAGIC) in text
     assert f"| {container.VERSION} | 0.1.0 |" in text
-    assert f"| `format` | `{bundle.FORMAT}` |" in text
+    assert f"| `format` | `{bundle.FORMAT}`; with `compaction`, `{bundle.COMPACTING_FORMAT}` |" in text
     assert f"above {bundle.MAX_BYTES >> 30} GiB and headers above {bundle._MAX_HEADER_BYTES >> 20} MiB" in text
     for kind in container.SectionKind:
         assert f"| {kind} {kind.name} |" in text

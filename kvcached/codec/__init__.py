@@ -5,13 +5,69 @@ both end in `container`:
 
     EXACT   exact.py   each tensor through `lossless`
     CODED   coded.py   planes (rope off, sinks apart) -> klt -> quantize -> entropy, as a profile of a bundle says
+    COMPACTED          compact() first, a block with fewer tokens; then compacted.py, the same stages head by head
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
 from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock
-from kvcached.codec import coded, container, exact
+from kvcached.codec import coded, compacted, compaction, container, exact, rope
 from kvcached.codec.bundle import Coder
-from kvcached.codec.container import Header
+from kvcached.codec.compaction import BlockQueries
+from kvcached.codec.compactor import Compactor
+from kvcached.codec.container import Header, Section
 from kvcached.errors import CorruptFrameError, UnsupportedFrameError
+
+_SPREAD = 1024  # tokens after a block among which the reservoir's queries are put
+_HELD_OUT = 4  # every so many queries are not fitted to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compacted:
+    """A compacted block, and what it loses on queries that it was not fitted to: relative errors."""
+
+    block: KVBlock
+    mass_error: float
+    output_error: float
+
+
+class LossError(ValueError):
+    """A block that would lose more than its profile allows."""
+
+
+def compact(block: KVBlock, compactor: Compactor, queries: BlockQueries | None = None) -> Compacted:
+    """A dense block with fewer tokens, ready for `encode` with the same compactor.
+
+    queries: float32, of tokens after the block, rotary positions applied; None: the bundle's reservoir.
+
+    Raises:
+        LossError: it would lose more than the profile allows.
+        ValueError: it cannot be compacted, see `compaction.compact`.
+        UnsupportedRopeError: the rotary positions of the model cannot be removed.
+    """
+    if queries is None:
+        queries = reservoir(block, compactor)
+    seen = np.arange(queries.shape[2]) % _HELD_OUT > 0
+    fitted, unseen = (queries[:, :, seen], queries[:, :, ~seen]) if seen.any() else (queries, queries)
+    spec = compactor.spec
+    picked = compaction.pick(block, spec, compactor.budgets, fitted)
+    small = compaction.fit(picked, block, spec, fitted, compacted.seen_keys(picked, compactor))
+    mass_error, output_error = compaction.errors(small, block, spec, unseen, compactor.output_metric)
+    if output_error > compactor.bound:
+        raise LossError(f"an output error of {output_error:.3g}, the profile allows {compactor.bound:.3g}")
+    return Compacted(small, mass_error, output_error)
+
+
+def reservoir(block: KVBlock, compactor: Compactor) -> BlockQueries:
+    """The bundle's queries, as tokens after the block would ask."""
+    first = block.first_position + block.n_source_tokens
+    apart = np.random.default_rng(0).integers(0, _SPREAD, compactor.queries.shape[2])
+    positions = np.asarray(first + apart, np.int32)
+    layers = zip(compactor.queries, compactor.spec.dense_layers, strict=True)
+    return np.stack([rope.apply(queries, positions, layer.rope) for queries, layer in layers])
 
 
 def encode(
@@ -20,7 +76,7 @@ def encode(
     *,
     lineage: FidelityKind = FidelityKind.EXACT,
     zstd_level: int = 1,
-    coder: Coder | None = None,
+    coder: Coder | Compactor | None = None,
 ) -> bytes:
     """The frame of a block: exact, or as `coder` codes it. Inverse: `decode`.
 
@@ -40,14 +96,21 @@ def encode(
         fidelity=coder.fidelity if coder else Fidelity(),
         lineage=lineage,
     )
-    sections = coded.to_sections(block, coder, zstd_level) if coder else exact.to_sections(block, zstd_level)
-    return container.pack(header, list(sections))
+    return container.pack(header, list(_sections(block, coder, zstd_level)))
 
 
-def decode(block_id: BlockId, frame: bytes | memoryview, max_source_bytes: int, coder: Coder | None = None) -> KVBlock:
+def _sections(block: KVBlock, coder: Coder | Compactor | None, zstd_level: int) -> Iterator[Section]:
+    if isinstance(coder, Compactor):
+        return compacted.to_sections(block, coder, zstd_level)
+    return coded.to_sections(block, coder, zstd_level) if coder else exact.to_sections(block, zstd_level)
+
+
+def decode(
+    block_id: BlockId, frame: bytes | memoryview, max_source_bytes: int, coder: Coder | Compactor | None = None
+) -> KVBlock:
     """The block of a frame, allocating at most a small multiple of `max_source_bytes`.
 
-    coder: that of the frame's bundle and profile, where its fidelity is CODED; see `fidelity_of`.
+    coder: that of the frame's bundle and profile, unless its fidelity is EXACT.
 
     Raises:
         CorruptFrameError: the bytes are damaged, or hold another block than `block_id`.
@@ -60,9 +123,9 @@ def decode(block_id: BlockId, frame: bytes | memoryview, max_source_bytes: int, 
         raise CorruptFrameError(f"positions must be below 2**31, got first_position {header.first_position}")
     if header.fidelity.kind == FidelityKind.EXACT:
         return exact.from_sections(header, sections)
-    if header.fidelity.kind == FidelityKind.COMPACTED:
-        raise UnsupportedFrameError("frames of fidelity COMPACTED are of a later version")
     if coder is None or header.fidelity != coder.fidelity:
         needed = f"{header.fidelity.profile!r} of bundle {header.fidelity.bundle_id.hex()[:16]}"
         raise UnsupportedFrameError(f"a frame coded with {needed} cannot be read without it")
+    if isinstance(coder, Compactor):
+        return compacted.from_sections(header, sections, coder)
     return coded.from_sections(header, sections, coder)

@@ -2,7 +2,7 @@
 
     file      := safetensors with the tensors below and one metadata key, "kvcached": canonical JSON
     JSON      := format, model (a ModelSpec), layers_per_group, checksum, measured {name: ...},
-                 profiles {name: target_compression, dead_zone, centroid}
+                 profiles {name: target_compression, dead_zone, centroid}, compaction (compactor.py), if there is one
     tensors   := {side}.{group}.mean f32[f]  .variances f32[r]  .forward f16[f r]  .inverse f16[r f]
                  {profile}.{side}.{group}.steps f32[r]  .scales u8[r]               side: keys, values
 
@@ -20,19 +20,30 @@ from typing import Any
 
 import numpy as np
 from google.protobuf import json_format
-from jaxtyping import Float32, Shaped, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from kvcached.block import Fidelity, FidelityKind, ModelSpec
 from kvcached.codec import rope
+from kvcached.codec.compactor import Compaction, Compactor
 from kvcached.codec.klt import Basis
+from kvcached.codec.tables import (
+    SIDES,
+    PlaneCoder,
+    Profile,
+    Tensors,
+    basis_tensors,
+    plane_coder,
+    profile_numbers,
+    profile_tensors,
+    read_basis,
+    read_profile,
+)
 from kvcached.errors import CorruptBundleError, PreconditionError, UnsupportedBundleError, UnsupportedRopeError
 from kvcached_client._proto import kvcached_pb2 as pb
 
-FORMAT = "kvcached bundle 1"
+FORMAT, COMPACTING_FORMAT = "kvcached bundle 1", "kvcached bundle 2"  # the latter says how to compact, too
 MAX_BYTES = 2 << 30
-SIDES = ("keys", "values")
 # Every profile, the best first, with the compression to reach, every byte of a frame counted. A name says the least:
 # x8 aims higher because the loss allows it (docs/quality.md).
 PROFILES: Mapping[str, float] = {"near-lossless": 4.0, "x8": 11.0, "x16": 16.0, "x32": 32.0}
@@ -40,38 +51,7 @@ DEFAULT_PROFILE = "x8"
 _MAX_HEADER_BYTES = 4 << 20  # as Python objects some thirty times that
 HEAD_BYTES = 8 + _MAX_HEADER_BYTES  # of a file at most, before its tensors
 _MAX_QUOTED = 200  # characters of a spec in a message
-_MAX_STEP, _N_SCALES = 2.0**96, 64
 _MEASURED_NUMBERS = tuple(f.name for f in pb.Measured.DESCRIPTOR.fields if f.name != "engine")
-
-Tensors = dict[str, Shaped[np.ndarray, "..."]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tables:
-    """How a profile codes each component of a plane: its step (0: not at all), and the scale index of its table."""
-
-    steps: Float32[np.ndarray, " n_components"]
-    scales: UInt8[np.ndarray, " n_components"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Profile:
-    """One trade of bytes for loss: tables for the planes of every group of layers, and how coefficients are rounded."""
-
-    target_compression: float
-    dead_zone: float
-    centroid: float
-    keys: tuple[Tables, ...]
-    values: tuple[Tables, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlaneCoder:
-    """What codes one plane: the components that a profile keeps, and nothing of the others."""
-
-    basis: Basis
-    tables: Tables
-    n_features: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +75,7 @@ class Outline:
     layers_per_group: int
     profiles: Mapping[str, float]
     measured: Mapping[str, pb.Measured]
+    compacts: bool = False
 
     @classmethod
     def unpack(cls, beginning: bytes) -> "Outline":
@@ -104,7 +85,7 @@ class Outline:
             described = content["profiles"]
             targets = {n: float(described[n]["target_compression"]) for n in PROFILES if n in described}
             measured = {name: _measured(name, m, targets) for name, m in content["measured"].items()}
-            return cls(*_model(content), targets, measured)
+            return cls(*_model(content), targets, measured, content["format"] == COMPACTING_FORMAT)
         except _NO_BUNDLE as error:
             raise CorruptBundleError(f"not a bundle: {str(error)[:_MAX_QUOTED]}") from None
 
@@ -114,6 +95,7 @@ class Bundle:
     """Bases for each group of consecutive dense layers, keys and values apart, and the profiles that use them.
 
     measured: what each profile was measured to lose, messages of the protocol by name of the profile.
+    compaction: what it takes to compact blocks; None where nobody measured it.
     """
 
     spec: ModelSpec
@@ -122,6 +104,7 @@ class Bundle:
     values: tuple[Basis, ...]
     profiles: Mapping[str, Profile]
     measured: Mapping[str, pb.Measured] = field(default_factory=dict)
+    compaction: Compaction | None = None
 
     @cached_property
     def bundle_id(self) -> bytes:
@@ -135,7 +118,7 @@ class Bundle:
     @property
     def outline(self) -> Outline:
         targets = {n: self.profiles[n].target_compression for n in PROFILES if n in self.profiles}
-        return Outline(self.spec, self.layers_per_group, targets, dict(self.measured))
+        return Outline(self.spec, self.layers_per_group, targets, dict(self.measured), self.compaction is not None)
 
     def coder(self, profile: str) -> Coder:
         """A profile, ready for use. Raises KeyError for one that the bundle does not have."""
@@ -146,9 +129,19 @@ class Bundle:
             layers_per_group=self.layers_per_group,
             dead_zone=tables.dead_zone,
             centroid=tables.centroid,
-            keys=tuple(map(_plane_coder, self.keys, tables.keys)),
-            values=tuple(map(_plane_coder, self.values, tables.values)),
+            keys=tuple(map(plane_coder, self.keys, tables.keys)),
+            values=tuple(map(plane_coder, self.values, tables.values)),
         )
+
+    def compactor(self, profile: str, am_ratio: float) -> Compactor:
+        """Compaction to a ratio above 1 on top of a profile. Raises KeyError if the bundle has not what it takes.
+
+        Raises ValueError if the model's blocks have too few tokens for the ratio.
+        """
+        if not self.compaction:
+            raise KeyError("the bundle has nothing on compaction")
+        fidelity = Fidelity(FidelityKind.COMPACTED, profile, am_ratio, self.bundle_id)
+        return self.compaction.compactor(self.spec, fidelity)
 
     def with_measured(self, measured: Mapping[str, pb.Measured]) -> "Bundle":
         """The same bundle, which says what its profiles lose. Raises ValueError for one that it does not have."""
@@ -199,38 +192,24 @@ class Bundle:
         """All that is not tensors, without the measurements."""
         # Not protobuf's JSON: what another version of that library might write would be another id.
         model = json.loads(self.spec.canonical()) | ({"name": self.spec.name} if self.spec.name else {})
-        numbers = ("target_compression", "dead_zone", "centroid")
-        return {
-            "format": FORMAT,
+        described = {
+            "format": COMPACTING_FORMAT if self.compaction else FORMAT,
             "model": model,
             "layers_per_group": int(self.layers_per_group),
-            "profiles": {name: {n: float(getattr(p, n)) for n in numbers} for name, p in self.profiles.items()},
+            "profiles": {name: profile_numbers(profile) for name, profile in self.profiles.items()},
         }
+        return described | ({"compaction": self.compaction.described()} if self.compaction else {})
 
     def _tensors(self) -> Tensors:
         tensors: Tensors = {}
         for side in SIDES:
             for group, basis in enumerate(getattr(self, side)):
-                at = f"{side}.{group}"
-                tensors |= {f"{at}.mean": basis.mean, f"{at}.variances": basis.variances}
-                tensors |= {f"{at}.{name}": getattr(basis, name).astype(np.float16) for name in ("forward", "inverse")}
-                for name, profile in self.profiles.items():
-                    tables: Tables = getattr(profile, side)[group]
-                    tensors |= {f"{name}.{at}.steps": tables.steps, f"{name}.{at}.scales": tables.scales}
+                tensors |= basis_tensors(f"{side}.{group}", basis)
+        for name, profile in self.profiles.items():
+            tensors |= profile_tensors(name, profile)
+        if self.compaction:
+            tensors |= self.compaction.tensors()
         return {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # save takes memory as it lies
-
-
-def storable(basis: Basis) -> Basis:
-    """A basis as a bundle keeps it, its matrices rounded to float16: steps and tables are chosen for this one.
-
-    Raises:
-        ValueError: it holds numbers that are not finite, or that float16 does not hold.
-    """
-    with np.errstate(over="ignore"):
-        forward, inverse = (matrix.astype(np.float16).astype(np.float32) for matrix in (basis.forward, basis.inverse))
-    if not all(np.isfinite(numbers).all() for numbers in (basis.mean, forward, inverse, basis.variances)):
-        raise ValueError("a basis must be of finite numbers, its matrices of such that float16 can hold")
-    return Basis(basis.mean, forward, inverse, basis.variances)
 
 
 def group_widths(spec: ModelSpec, layers_per_group: int, side: str) -> list[int]:
@@ -238,19 +217,6 @@ def group_widths(spec: ModelSpec, layers_per_group: int, side: str) -> list[int]
     n_layers, n_kv_heads, _, dim = spec.dense_shapes()[side]
     starts = range(0, n_layers, layers_per_group)
     return [min(layers_per_group, n_layers - start) * n_kv_heads * dim for start in starts]
-
-
-def _plane_coder(basis: Basis, tables: Tables) -> PlaneCoder:
-    kept = tables.steps > 0
-    if kept.all():
-        return PlaneCoder(basis, tables, len(basis.mean))
-    part = Basis(
-        basis.mean,
-        np.ascontiguousarray(basis.forward[:, kept]),
-        np.ascontiguousarray(basis.inverse[kept]),
-        basis.variances[kept],
-    )
-    return PlaneCoder(part, Tables(tables.steps[kept], tables.scales[kept]), len(basis.mean))
 
 
 def _set_fields(message: pb.Measured) -> dict[str, Any]:
@@ -305,8 +271,8 @@ def _read_content(data: bytes) -> tuple[dict[str, Any], str]:
         raise CorruptBundleError(
             f"not a bundle: no JSON of one under its only metadata key, kvcached: {type(error).__name__}"
         ) from None
-    if found != FORMAT:
-        raise UnsupportedBundleError(f"expected format {FORMAT!r}, got {found[:40]!r}")
+    if found not in (FORMAT, COMPACTING_FORMAT):
+        raise UnsupportedBundleError(f"expected format {FORMAT!r} or {COMPACTING_FORMAT!r}, got {found[:40]!r}")
     return content, text
 
 
@@ -314,14 +280,17 @@ def _build(content: Mapping[str, Any], tensors: Tensors) -> Bundle:
     """Raises UnsupportedBundleError, or one of _NO_BUNDLE."""
     spec, layers_per_group = _model(content)
     widths = {side: group_widths(spec, layers_per_group, side) for side in SIDES}
-    bases = {side: tuple(_basis(tensors, f"{side}.{i}", w) for i, w in enumerate(widths[side])) for side in SIDES}
+    bases = {side: tuple(read_basis(tensors, f"{side}.{i}", w) for i, w in enumerate(widths[side])) for side in SIDES}
     ranks = {side: [len(basis.variances) for basis in bases[side]] for side in SIDES}
     described = content["profiles"]
     if unknown := set(described) - set(PROFILES):
         raise ValueError(f"profiles are {', '.join(PROFILES)}, got {sorted(unknown)[:3]!s}")
-    profiles = {name: _profile(tensors, name, described[name], ranks) for name in PROFILES if name in described}
+    profiles = {name: read_profile(tensors, name, described[name], ranks) for name in PROFILES if name in described}
     measured = {name: _measured(name, m, profiles) for name, m in content["measured"].items()}
-    return Bundle(spec, layers_per_group, bases["keys"], bases["values"], profiles, measured)
+    compaction = (
+        Compaction.read(content["compaction"], tensors, spec) if content["format"] == COMPACTING_FORMAT else None
+    )
+    return Bundle(spec, layers_per_group, bases["keys"], bases["values"], profiles, measured, compaction)
 
 
 def _model(content: Mapping[str, Any]) -> tuple[ModelSpec, int]:
@@ -345,47 +314,6 @@ def _check_rope(spec: ModelSpec) -> None:
             rope.apply(row, positions, kind)
     except UnsupportedRopeError as error:
         raise UnsupportedBundleError(f"a bundle with rotary positions of another version: {error}") from None
-
-
-def _basis(tensors: Tensors, at: str, n_features: int) -> Basis:
-    rank = len(tensors[f"{at}.variances"])
-    if not 1 <= rank <= n_features:
-        raise ValueError(f"{at} must have 1 to {n_features} components, got {rank}")
-    variances = _tensor(tensors, f"{at}.variances", np.float32, rank)
-    if variances.min() < 0:
-        raise ValueError(f"{at} has a variance below 0")
-    return Basis(
-        _tensor(tensors, f"{at}.mean", np.float32, n_features),
-        _tensor(tensors, f"{at}.forward", np.float16, n_features, rank).astype(np.float32),
-        _tensor(tensors, f"{at}.inverse", np.float16, rank, n_features).astype(np.float32),
-        variances,
-    )
-
-
-def _profile(tensors: Tensors, name: str, content: Mapping[str, Any], ranks: Mapping[str, list[int]]) -> Profile:
-    target, dead_zone, centroid = (float(content[key]) for key in ("target_compression", "dead_zone", "centroid"))
-    if not (1 <= target <= 1e6 and 0 <= dead_zone <= 0.5 and 0 <= centroid <= 0.5):
-        raise ValueError(f"{name} has a target of {target}, a dead zone of {dead_zone}, a centroid of {centroid}")
-    keys, values = (
-        tuple(_tables(tensors, f"{name}.{side}.{group}", rank) for group, rank in enumerate(ranks[side]))
-        for side in SIDES
-    )
-    return Profile(target, dead_zone, centroid, keys, values)
-
-
-def _tables(tensors: Tensors, at: str, rank: int) -> Tables:
-    steps = _tensor(tensors, f"{at}.steps", np.float32, rank)
-    scales = _tensor(tensors, f"{at}.scales", np.uint8, rank)
-    if not ((steps >= 0) & (steps <= _MAX_STEP)).all() or scales.max(initial=0) >= _N_SCALES:
-        raise ValueError(f"{at} has a step that is none, or a scale index of {_N_SCALES} or more")
-    return Tables(steps, scales)
-
-
-def _tensor(tensors: Tensors, name: str, dtype: type, *shape: int) -> Any:
-    array = tensors[name]
-    if array.dtype != dtype or array.shape != shape or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite {np.dtype(dtype).name} {shape}, got {array.dtype.name} {array.shape}")
-    return array
 
 
 def _measured(name: str, content: dict[str, Any], profiles: Container[str]) -> pb.Measured:

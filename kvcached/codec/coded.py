@@ -11,9 +11,10 @@ from jaxtyping import Shaped
 
 from kvcached.block import KVBlock
 from kvcached.codec import entropy, exact, klt, lossless, planes, quantize
-from kvcached.codec.bundle import Coder, PlaneCoder
+from kvcached.codec.bundle import Coder
 from kvcached.codec.container import ALL_LAYERS, Coding, Header, Section, SectionKind
 from kvcached.codec.planes import Plane, Planes
+from kvcached.codec.tables import PlaneCoder
 from kvcached.errors import CorruptFrameError
 from kvcached_client.tensors import DTYPES
 

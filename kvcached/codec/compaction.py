@@ -63,7 +63,7 @@ def pick(block: KVBlock, spec: ModelSpec, budgets: Budgets, queries: BlockQuerie
         if n_kept == block.n_source_tokens:
             kept = np.arange(n_kept)
         else:
-            kept = select(_logits(spec, queries, keys, head), n_kept, n_sinks)
+            kept = select(logits(spec, queries, keys, head), n_kept, n_sinks)
         rows.append(head * block.n_source_tokens + kept)
     taken = np.concatenate(rows)
     return replace(
@@ -88,8 +88,8 @@ def fit(picked: KVBlock, block: KVBlock, spec: ModelSpec, queries: BlockQueries,
     values, bias = picked.values.astype(np.float32), picked.bias.copy()
     for head, (rows, (keys, of_all)) in enumerate(zip(rows_of_heads(picked), _heads(block), strict=True)):
         if rows.stop - rows.start < block.n_source_tokens:
-            whole = _logits(spec, queries, keys, head)
-            kept = _logits(spec, queries, seen_keys[rows], head)
+            whole = logits(spec, queries, keys, head)
+            kept = logits(spec, queries, seen_keys[rows], head)
             bias[rows] = fit_bias(whole, kept, n_sinks)
             values[rows] = fit_values(whole, of_all, kept + bias[rows], values[rows], n_sinks)
     return replace(picked, values=planes.rounded(values, block.values.dtype), bias=bias)
@@ -155,8 +155,8 @@ def errors(
     mass, lost, whole = [], 0.0, 0.0
     for head, (rows, (keys, values)) in enumerate(zip(rows_of_heads(compacted), _heads(block), strict=True)):
         metric = output_metric.reshape(-1, *output_metric.shape[2:])[head].astype(np.float64)
-        exact = attention.read(_logits(spec, queries, keys, head), values)
-        kept = _logits(spec, queries, compacted.keys[rows].astype(np.float32), head) + compacted.bias[rows]
+        exact = attention.read(logits(spec, queries, keys, head), values)
+        kept = logits(spec, queries, compacted.keys[rows].astype(np.float32), head) + compacted.bias[rows]
         found = attention.read(kept, compacted.values[rows].astype(np.float32))
         mass.append(attention.mass_error(found, exact))
         lost += attention.output_error(found, exact, metric)
@@ -177,7 +177,7 @@ def _heads(block: KVBlock) -> Iterator[tuple[Keys, Values]]:
         yield block.keys[rows].astype(np.float32), block.values[rows].astype(np.float32)
 
 
-def _logits(spec: ModelSpec, queries: BlockQueries, keys: Rows, head: int) -> Float64[np.ndarray, "_n_queries _n_keys"]:
+def logits(spec: ModelSpec, queries: BlockQueries, keys: Rows, head: int) -> Float64[np.ndarray, "_n_queries _n_keys"]:
     """Of all queries that read a KV head, counted over all layers, on some keys of it."""
     layers = spec.dense_layers
     n_kv_heads = layers[0].n_kv_heads

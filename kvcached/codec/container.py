@@ -60,6 +60,10 @@ class SectionKind(IntEnum):
     SINK_VALUES = 4
     KEY_PLANE = 5  # of a group of layers, [n_tokens n_features]: tokens after the sinks, keys without rotary positions
     VALUE_PLANE = 6
+    KEPT = 7  # of a compacted block, [n_heads, bytes]: a bit for each token of each head, the first in the highest bit
+    BIAS = 8  # [n_rows] of int8, of the rows of heads that are not whole, without sinks
+    KEY_ROWS = 9  # [n_rows key_dim], of all heads, without sinks
+    VALUE_ROWS = 10
     OPAQUE = 16  # a named tensor
 
 

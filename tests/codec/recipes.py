@@ -13,8 +13,9 @@ from safetensors.numpy import save
 
 from kvcached.block import Fingerprint, KVBlock, LayerKind, LayerSpec, ModelSpec, RopeSpec
 from kvcached.codec import entropy, klt
-from kvcached.codec.bundle import SIDES, Bundle, Profile, Tables, group_widths, storable
+from kvcached.codec.bundle import Bundle, group_widths
 from kvcached.codec.klt import Basis
+from kvcached.codec.tables import SIDES, Profile, Tables, storable
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.spec import DENSE_DTYPES
 from kvcached_client.tensors import DTYPES

@@ -25,8 +25,9 @@ from reference.bundle_reader import read_bundle
 from safetensors.numpy import load
 
 from kvcached.block import ModelSpec
-from kvcached.codec.bundle import Bundle, group_widths, storable
+from kvcached.codec.bundle import Bundle, group_widths
 from kvcached.codec.klt import Basis
+from kvcached.codec.tables import storable
 from kvcached.errors import PreconditionError
 
 BUNDLE = SMALL.bundle().with_measured({"x8": measured()})

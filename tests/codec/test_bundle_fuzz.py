@@ -17,8 +17,9 @@ from safetensors.numpy import load
 
 from kvcached.block import Fingerprint, RopeSpec
 from kvcached.codec import bundle as module
-from kvcached.codec.bundle import Bundle, Profile, Tables
+from kvcached.codec.bundle import Bundle
 from kvcached.codec.klt import Basis
+from kvcached.codec.tables import Profile, Tables
 from kvcached.errors import CorruptBundleError, UnsupportedBundleError
 
 BUNDLE = SMALL.bundle().with_measured({"x8": measured()})

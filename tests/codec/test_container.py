@@ -194,7 +194,16 @@ def test_a_frame_of_another_version_is_unsupported(fields: dict[str, int]) -> No
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": 0}, {"kind": 7}, {"kind": 17}, {"coding": 0}, {"coding": 3}, {"dtype": 0}, {"dtype": 14}, {"dtype": 255}],
+    [
+        {"kind": 0},
+        {"kind": 11},
+        {"kind": 17},
+        {"coding": 0},
+        {"coding": 3},
+        {"dtype": 0},
+        {"dtype": 14},
+        {"dtype": 255},
+    ],
     ids=str,
 )
 def test_a_section_of_another_version_is_unsupported(fields: dict[str, int]) -> None:

@@ -40,6 +40,7 @@ class NotedCalibration:
     """Notes what it is given. `fit` waits for `may_fit`, and answers with a bundle that has nothing to do with it."""
 
     may_fit = threading.Event()
+    compaction_problem = "it does nothing"
 
     def __init__(self, spec: ModelSpec, layers_per_group: int | None, seed: int) -> None:
         self.spec, self.layers_per_group, self.seed = spec, layers_per_group or len(spec.dense_layers), seed
@@ -52,11 +53,12 @@ class NotedCalibration:
     ) -> None:
         self.added.append((block, part, queries, query_positions))
 
-    def set_output_metric(self, metric: np.ndarray) -> None:
-        self.metric = metric
+    def set_output_metric(self, metric: np.ndarray, head_weights: np.ndarray | None = None) -> None:
+        self.metric, self.head_weights = metric, head_weights
 
-    def fit(self, profiles: Mapping[str, float]) -> Bundle:
+    def fit(self, profiles: Mapping[str, float], budgets: str) -> Bundle:
         assert self.may_fit.wait(30)
+        self.budgets = budgets
         if len(self.added) == 13:
             raise InvalidRequestError("thirteen pieces are too few")
         self.profiles = profiles
@@ -122,11 +124,25 @@ def metric() -> Sample:
     return pb.CalibrateHeader(), {"output_metric": square @ square.swapaxes(-1, -2)}
 
 
+def with_weights(weights: np.ndarray | None = None) -> Sample:
+    header, tensors = metric()
+    return header, {**tensors, "head_weights": np.ones((2, 2), np.float32) if weights is None else weights}
+
+
 def stream(*samples: Sample, **fields: Any) -> Requests:
     return list(calibrate_requests(start(**fields), samples))
 
 
 # ---- what arrives
+
+
+def test_weights_of_heads_and_what_budgets_go_by_arrive(calls: Calls) -> None:
+    weights = np.array([[1, 2], [3, 4]], np.float32)
+    calls.fitted(stream(with_weights(weights), text(), budgets="entropy"))
+    calls.fitted(stream(metric(), text()))
+    first, second = calls.made
+    assert np.array_equal(first.head_weights, weights)
+    assert (first.budgets, second.budgets, second.head_weights) == ("entropy", "curves", None)
 
 
 def test_pieces_arrive_as_they_were_sent(calls: Calls) -> None:
@@ -207,6 +223,9 @@ SAMPLES: dict[str, tuple[Sample, str]] = {
         changed(metric(), "output_metric", np.tri(8, dtype=np.float32) * np.ones((2, 2, 1, 1), np.float32)),
         "output_metric must be symmetric, got entries that differ by 1",
     ),
+    "weights shape": (with_weights(np.ones((2, 3), np.float32)), "'head_weights': ('float32', (2, 2))"),
+    "no weight": (with_weights(np.zeros((2, 2), np.float32)), "head_weights must be above 0, got 0.0"),
+    "NaN in weights": (poisoned(with_weights(), "head_weights", np.nan), "head_weights must be finite"),
     "data_bytes": (changed(text(), data_bytes=5), "the tensors described take 2048 bytes, data_bytes says 5"),
 }
 
@@ -228,6 +247,7 @@ STARTS: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"profiles": {"x8": -8}}, "got -8"),
     "NaN": ({"profiles": {"x8": float("nan")}}, "got nan"),
     "infinity": ({"profiles": {"x8": float("inf")}}, "got inf"),
+    "budgets": ({"budgets": "greedy"}, "budgets are by curves, entropy, uniform, got 'greedy'"),
     "layers": ({"layers_per_group": 3}, "layers_per_group must be 1 to 2, or 0 for the daemon's choice, got 3"),
 }
 

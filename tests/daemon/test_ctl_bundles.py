@@ -238,11 +238,26 @@ def test_calibrate_passes_on_all_that_was_asked_and_shows_the_bundle(target: str
     texts = [engine / "a.txt", engine / "b.txt"]
     for path in texts:
         path.write_text("Grüße, 世界\n")
-    asked = ["--tokens", 5000, "--layers-per-group", 4, "--seed", 3, "--profiles", "x16", "x8", "--text", *texts]
+    asked = [
+        "--tokens",
+        5000,
+        "--layers-per-group",
+        4,
+        "--seed",
+        3,
+        "--budgets",
+        "entropy",
+        "--profiles",
+        "x16",
+        "x8",
+        "--text",
+        *texts,
+    ]
     result = ctl(target, "calibrate", "a/model", "--engine", "fake", *asked, path=engine)
     assert result.returncode == 0, result.stderr
     assert json.loads((engine / "notes").read_text()) == {
         "what": "calibrate",
+        "budgets": "entropy",
         "model": "a/model",
         "target": target,
         "texts": [str(path) for path in texts],

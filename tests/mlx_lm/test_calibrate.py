@@ -114,7 +114,8 @@ def test_the_daemon_is_told_all_text_that_is_not_for_the_test_with_queries_that_
     assert (start.model_id, start.seed, start.layers_per_group) == (engine.spec.model_id, 3, 2)
     assert dict(start.profiles) == {"x8": 0, "x16": 0}  # each at its usual compression
     (_, first), *rest = pieces_of(told)
-    assert first.keys() == {"output_metric"}
+    assert first.keys() == {"output_metric", "head_weights"}
+    assert first["head_weights"].mean() == pytest.approx(1)
     n_tokens = dict.fromkeys((pb.CALIBRATION_PART_FIT, pb.CALIBRATION_PART_TUNE), 0)
     for header, arrays in rest:
         n_tokens[header.part] += header.n_tokens

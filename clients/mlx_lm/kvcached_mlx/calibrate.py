@@ -7,7 +7,7 @@ for neither, and the figures are attached to the bundle, which makes it the one 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from kvcached_client.tensors import calibrate_requests
 from . import blocks, capture, loss, texts
 from .fingerprint import fresh_cache, model_directory, model_spec
 from .loss import Course, Engine
+from .weighing import Weighing
 
 log = logging.getLogger(__name__)
 
 NAMESPACE = "kvcached/calibration"
 DEFAULT_TOKENS = 32768
 N_TEST = 4  # windows
+_N_WEIGHED = 2  # of those to fit, on which heads are weighed
 _QUERIES_PER_BLOCK = 64
 _FIRST_QUERY = 136  # of a piece: those before it read little else than sinks and what is computed anew
 _BLOCKS_PER_PIECE = 16  # that the daemon takes at once
@@ -43,7 +45,8 @@ Progress = Callable[[str, int, int], None]  # what is done, how much of it, of h
 class Plan:
     """What to calibrate on, and for. profiles: all if empty. layers_per_group: 0 is the daemon's choice.
 
-    course: how to measure; None: as n_tokens suggests.
+    course: how to measure; None: as n_tokens suggests. budgets: by what compaction shares tokens between heads: curves
+    (as if empty), entropy or uniform.
     """
 
     n_tokens: int = DEFAULT_TOKENS
@@ -51,6 +54,7 @@ class Plan:
     layers_per_group: int = 0
     seed: int = 0
     course: Course | None = None
+    budgets: str = ""
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:
@@ -66,19 +70,20 @@ def calibrate(  # noqa: PLR0913 - the interface of kvcached.engines
     profiles: Sequence[str] = (),
     layers_per_group: int = 0,
     seed: int = 0,
+    budgets: str = "",
     progress: Progress = _silent,
 ) -> pb.BundleStatus:
     """Calibrates a model and measures the profiles asked for (all if none are); the bundle, installed and current.
 
     model: a directory, or a name that mlx_lm.load knows. texts: files in UTF-8; without any, a corpus of our own.
-    n_tokens: to fit and tune with; the test takes some more.
+    n_tokens: to fit and tune with; the test takes some more. The rest: see Plan.
 
     Raises:
         ValueError: the text is too short or not text, or the model has nothing that can be calibrated.
         DaemonError: the daemon cannot be reached, or refuses.
         FileNotFoundError: a text or the model is not there.
     """
-    plan = Plan(n_tokens, tuple(profiles), layers_per_group, seed)
+    plan = Plan(n_tokens, tuple(profiles), layers_per_group, seed, budgets=budgets)
     return calibrate_engine(load(model), plan, target=target, paths=texts, progress=progress)
 
 
@@ -132,6 +137,7 @@ def calibrate_engine(
         layers_per_group=plan.layers_per_group,
         seed=plan.seed,
         profiles=dict.fromkeys(plan.profiles, 0.0),  # each at its usual compression
+        budgets=plan.budgets,
     )
     with Connection(target) as connection:
         connection.call("RegisterModel", pb.RegisterModelRequest(spec=engine.spec.to_proto()), _CALL_SECONDS)
@@ -172,7 +178,8 @@ def _samples(engine: Engine, parts: texts.Parts, seed: int, progress: Progress) 
     """
     metric = _output_metric(engine)
     if metric is not None:
-        yield pb.CalibrateHeader(), {"output_metric": metric}
+        weights = yield from _head_weights(engine, parts.fit[:_N_WEIGHED], metric, progress)
+        yield pb.CalibrateHeader(), {"output_metric": metric} | ({} if weights is None else {"head_weights": weights})
     rng = np.random.default_rng(seed)
     named = [(name, window) for name in _PARTS for window in getattr(parts, name)]
     n_total, n_done = sum(len(window.token_ids) for _, window in named), 0
@@ -189,6 +196,17 @@ def _samples(engine: Engine, parts: texts.Parts, seed: int, progress: Progress) 
                 sample[0].part = _PARTS[name]
             yield sample
     progress("fit", 0, 1)
+
+
+def _head_weights(
+    engine: Engine, windows: Sequence[texts.Window], metric: np.ndarray, progress: Progress
+) -> Generator[None, None, np.ndarray | None]:
+    """What errors of heads weigh, in compaction's budgets. A None after each head, as a sign of life."""
+    weighing = Weighing(engine, [window.token_ids for window in windows], metric)
+    for done in weighing.run():
+        progress("weigh heads", done, weighing.n_runs)
+        yield None
+    return weighing.weights()
 
 
 def _output_metric(engine: Engine) -> np.ndarray | None:

@@ -6,7 +6,7 @@ layer's entry of the cache; for the time of a `with` the name stands for a funct
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,18 +47,33 @@ def run(
 def queries_seen(model: Any, cache: Sequence[Any], sampled: Sequence[int]) -> Iterator[dict[int, Any]]:
     """Within it, calls of the model fill what it yields: sampled queries by index of the layer's entry in `cache`.
 
-    Not for two threads at a time: all models of one architecture share the module that is changed.
+    Not for two threads at a time.
     """
-    layer_of = {id(entry): i for i, entry in enumerate(cache)}
     indices = mx.array(list(sampled), mx.int32)
     seen: dict[int, Any] = {}
 
-    def noting(attention: Any) -> Any:
+    def noting(layer: int, read: Any, queries: Any, _keys: Any, _values: Any) -> Any:
+        seen[layer] = mx.take(queries, indices, axis=2)
+        return read
+
+    with attention_changed(model, cache, noting):
+        yield seen
+
+
+@contextmanager
+def attention_changed(model: Any, cache: Sequence[Any], change: Callable[..., Any]) -> Iterator[None]:
+    """Within it, what a layer's attention reads of its entry in `cache` is what `change` makes of it.
+
+    change: called with the index of the entry, what was read [1, heads, n, dim], queries, keys and values. Not for two
+    threads at a time: all models of one architecture share the module that is changed.
+    """
+    layer_of = {id(entry): i for i, entry in enumerate(cache)}
+
+    def changing(attention: Any) -> Any:
         def call(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            read = attention(queries, keys, values, *args, **kwargs)
             layer = layer_of.get(id(kwargs.get("cache", args[0] if args else None)))
-            if layer is not None:
-                seen[layer] = mx.take(queries, indices, axis=2)
-            return attention(queries, keys, values, *args, **kwargs)
+            return read if layer is None else change(layer, read, queries, keys, values)
 
         return call
 
@@ -66,8 +81,8 @@ def queries_seen(model: Any, cache: Sequence[Any], sampled: Sequence[int]) -> It
     changed = [(module, getattr(module, _ATTENTION)) for module in modules if hasattr(module, _ATTENTION)]
     try:
         for module, attention in changed:
-            setattr(module, _ATTENTION, noting(attention))
-        yield seen
+            setattr(module, _ATTENTION, changing(attention))
+        yield
     finally:
         for module, attention in changed:
             setattr(module, _ATTENTION, attention)
