@@ -68,3 +68,16 @@ def test_what_cannot_be_solved_is_refused_with_what_was_expected(changed: dict[s
     asked = {"curves": np.ones((1, 2, 4)), "fractions": FRACTIONS, "n_tokens": 100, "total": 100, "least": 4}
     with pytest.raises(ValueError, match=expected):
         budgets.solve(**{**asked, **changed})
+
+
+def test_heads_with_equal_curves_share_evenly() -> None:
+    curves = np.broadcast_to([3.0, 2, 1, 0], (2, 3, 4))
+    np.testing.assert_array_equal(np.sort(budgets.solve(curves, FRACTIONS, 100, 152, 4).ravel()), [25] * 4 + [26] * 2)
+
+
+def test_heads_that_keep_all_in_any_case_leave_the_rest_to_the_others() -> None:
+    whole = np.array([[True, False, False]])
+    found = budgets.solve(np.ones((1, 3, 4)), FRACTIONS, 100, 120, 4, whole)
+    np.testing.assert_array_equal(found, [[100, 10, 10]])
+    with pytest.raises(ValueError, match="cannot have 107 together"):
+        budgets.solve(np.ones((1, 3, 4)), FRACTIONS, 100, 107, 4, whole)

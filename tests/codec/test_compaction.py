@@ -35,19 +35,31 @@ def budgets(*of_heads: int) -> np.ndarray:
     return np.resize(of_heads, (N_LAYERS, N_KV_HEADS)).astype(np.int32)
 
 
+class Head:
+    """One head compacted, as `pick` and `fit` do it."""
+
+    def __init__(self, of: np.ndarray, values: np.ndarray, n_kept: int, n_sinks: int = 0) -> None:
+        self.kept = compaction.select(of, n_kept, n_sinks)
+        self.bias = compaction.fit_bias(of, of[:, self.kept], n_sinks)
+        biased, own = of[:, self.kept] + self.bias, values[self.kept]
+        self.values = compaction.fit_values(of, values, biased, own, n_sinks)
+
+
 def test_keys_that_come_four_times_are_kept_once_with_a_bias_of_log_4() -> None:
     keys, values, queries = some(8, 16).repeat(4, 0), some(8, 4, seed=1).repeat(4, 0), some(200, 16, seed=2)
     of, kept = attention.logits(queries, keys, 0.25), np.arange(0, 32, 4)
-    bias = compaction.fit_bias(of, kept)
+    bias = compaction.fit_bias(of, of[:, kept])
     np.testing.assert_allclose(bias, np.log(4), atol=0.1)  # the pull towards no bias is in it
-    np.testing.assert_allclose(compaction.fit_values(of, values, kept, bias), values[kept], atol=0.02)
+    np.testing.assert_allclose(
+        compaction.fit_values(of, values, of[:, kept] + bias, values[kept]), values[kept], atol=0.02
+    )
 
 
 def test_the_mass_of_what_goes_is_added_to_what_stays() -> None:
     of = attention.logits(some(200, 8), some(32, 8, seed=1), 0.3)
     kept = compaction.select(of, 8, 0)
     exact, values = attention.read(of, np.zeros((32, 1), np.float32)), np.zeros((8, 1), np.float32)
-    with_bias = attention.read(of[:, kept], values, compaction.fit_bias(of, kept))
+    with_bias = attention.read(of[:, kept], values, compaction.fit_bias(of, of[:, kept]))
     without = attention.read(of[:, kept], values)
     assert attention.mass_error(with_bias, exact) < 0.5 * attention.mass_error(without, exact)
 
@@ -65,7 +77,7 @@ def test_whatever_the_queries_a_compacted_head_is_finite_bounded_and_its_tokens_
 ) -> None:
     keys, values = some(N_TOKENS, DIM, seed=seed), some(N_TOKENS, DIM, seed=seed + 1)
     queries = np.float32(size) * some(n_queries, DIM, seed=seed + 2)
-    head = compaction.compact_head(attention.logits(queries, keys, 1.0), values, n_kept)
+    head = Head(attention.logits(queries, keys, 1.0), values, n_kept)
     assert len(head.kept) == len(head.bias) == len(head.values) == n_kept
     assert (np.diff(head.kept) > 0).all()
     assert np.abs(head.bias).max() <= compaction.MAX_BIAS + 1e-6
@@ -76,7 +88,7 @@ def test_queries_that_are_all_equal_or_fewer_than_what_is_kept_still_lower_the_e
     keys, values = some(32, 8), some(32, 8, seed=1)
     for queries in (some(1, 8, seed=2).repeat(50, 0), some(3, 8, seed=2)):
         of = attention.logits(queries, keys, 0.5)
-        head = compaction.compact_head(of, values, 8)
+        head = Head(of, values, 8)
         exact = attention.read(of, values)
         fitted = attention.read(of[:, head.kept], head.values, head.bias)
         picked = attention.read(of[:, head.kept], values[head.kept])
@@ -86,7 +98,7 @@ def test_queries_that_are_all_equal_or_fewer_than_what_is_kept_still_lower_the_e
 def test_a_head_that_queries_do_not_look_at_keeps_values_of_its_own_size() -> None:
     keys = np.concatenate([np.full((1, 8), 50, np.float32), some(31, 8)])  # all mass is on one key
     of = attention.logits(np.ones((20, 8), np.float32), keys, 1.0)
-    head = compaction.compact_head(of, values := some(32, 8, seed=1), 4)
+    head = Head(of, values := some(32, 8, seed=1), 4)
     assert np.abs(head.values).max() <= np.abs(values).max() + 1e-3
 
 
@@ -94,8 +106,9 @@ def test_a_fit_of_values_that_grow_beyond_use_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(compaction, "VALUE_RIDGE", 1e-14)
     alike = some(1, 8) + np.float32(1e-5) * some(8, 8, seed=1)  # queries cannot tell apart what is kept
     of = attention.logits(some(64, 8, seed=2), np.concatenate([alike, some(8, 8, seed=4)]), 1.0)
+    values = some(16, 8, seed=3)
     with pytest.raises(ValueError, match="fitted values grow"):
-        compaction.fit_values(of, some(16, 8, seed=3), np.arange(8), np.zeros(8, np.float32))
+        compaction.fit_values(of, values, of[:, :8], values[:8])
 
 
 def test_a_block_that_keeps_all_is_the_block() -> None:
@@ -117,10 +130,43 @@ def test_a_compacted_block_is_packed_and_keeps_keys_and_positions_of_its_tokens(
     np.testing.assert_array_equal(small.keys, block.keys[heads * N_TOKENS + small.positions - block.first_position])
 
 
-def test_sinks_are_kept_by_every_head_of_the_first_block() -> None:
-    small = compaction.compact(a_block(0), SPEC, budgets(6), some_queries())
-    for positions in small.positions.reshape(-1, 6):
-        np.testing.assert_array_equal(positions[: planes.N_SINKS], np.arange(planes.N_SINKS))
+def test_sinks_are_kept_as_they_are_by_every_head_of_the_first_block() -> None:
+    block, sinks = a_block(0), np.arange(planes.N_SINKS)
+    small = compaction.compact(block, SPEC, budgets(6), some_queries())
+    for head, rows in enumerate(compaction.rows_of_heads(small)):
+        kept = np.arange(rows.start, rows.stop)[: planes.N_SINKS]
+        np.testing.assert_array_equal(small.positions[kept], sinks)
+        np.testing.assert_array_equal(small.bias[kept], 0)
+        np.testing.assert_array_equal(small.values[kept], block.values[head * N_TOKENS + sinks])
+
+
+def test_biases_are_such_as_frames_keep() -> None:
+    small = compaction.compact(a_block(), SPEC, budgets(3, 5), some_queries())
+    steps = small.bias / compaction.BIAS_STEP
+    np.testing.assert_array_equal(steps, np.rint(steps))
+    assert np.abs(steps).max() <= 48
+    assert small.bias.any()
+
+
+def test_fits_make_up_for_what_coding_changed_in_the_keys() -> None:
+    block, queries = a_block(), some_queries(200)
+    picked = compaction.pick(block, SPEC, budgets(6), queries)
+    seen = picked.keys.astype(np.float32) * np.float32(0.8)
+    metric = np.broadcast_to(np.eye(DIM, dtype=np.float32), (N_LAYERS, N_KV_HEADS, DIM, DIM))
+    told, untold = (
+        replace(compaction.fit(picked, block, SPEC, queries, keys), keys=seen.astype(np.float16))
+        for keys in (seen, picked.keys.astype(np.float32))
+    )
+    mass, output = compaction.errors(told, block, SPEC, queries, metric)
+    other_mass, other_output = compaction.errors(untold, block, SPEC, queries, metric)
+    assert mass < other_mass
+    assert output < other_output
+
+
+def test_the_whole_block_has_no_error() -> None:
+    block = a_block()
+    metric = np.broadcast_to(np.eye(DIM, dtype=np.float32), (N_LAYERS, N_KV_HEADS, DIM, DIM))
+    assert compaction.errors(block, block, SPEC, some_queries(), metric) == (0, 0)
 
 
 def test_a_kv_head_is_fitted_to_the_queries_of_all_its_query_heads() -> None:
@@ -145,7 +191,7 @@ def test_on_real_heads_matching_beats_picking_on_queries_that_it_has_not_seen() 
             attention.logits(part.reshape(-1, model.head_dim), keys, model.head_dim**-0.5)
             for part in (queries[:, ::2], queries[:, 1::2])
         )
-        fitted, exact = compaction.compact_head(of, values, n_kept), attention.read(unseen, values)
+        fitted, exact = Head(of, values, n_kept), attention.read(unseen, values)
         every_fourth = np.arange(0, n, n // n_kept)
         metric = np.eye(model.head_dim)
         found = attention.read(unseen[:, fitted.kept], fitted.values, fitted.bias)
