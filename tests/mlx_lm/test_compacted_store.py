@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Compacting(Client):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.asked: list[tuple[str, bool]] = []
-        self.wished: list[str] = []
+        self.wished: list[tuple[str, float]] = []
+        self.n_queries: list[int] = []
 
     def match(self, hashes: Sequence[bytes], *, accepts_compacted: bool = False, **kwargs: Any) -> Match:
         if not kwargs.get("before_put"):
@@ -51,9 +53,13 @@ class Compacting(Client):
             small = block and accepts_compacted and self.which(block.index)
             yield compacted(self.spec, block) if block and small else block
 
-    def put(self, blocks: Sequence[Block], *, store_as: str = "", **kwargs: Any) -> list[pb.PutResult]:
-        self.wished.append(store_as)
-        return super().put(blocks, **kwargs)
+    def put(
+        self, blocks: Sequence[Block], *, store_as: str = "", am_ratio: float = 0.0, **kwargs: Any
+    ) -> list[pb.PutResult]:
+        self.wished.append((store_as, am_ratio))
+        tensors = [dict(block.tensors) for block in blocks]
+        self.n_queries += [of_block.pop("queries").shape[2] if "queries" in of_block else 0 for of_block in tensors]
+        return super().put([replace(b, tensors=t) for b, t in zip(blocks, tensors, strict=True)], **kwargs)
 
 
 @pytest.fixture
@@ -204,8 +210,24 @@ def test_a_model_that_cannot_go_on_from_compacted_blocks_is_served_profiles_alon
     offload(store, tokens, computed(model, tokens))
     assert store.restore(TOKENS)[1] == 5 * BLOCK
     assert set(client.asked) == {("match", False), ("get", False)}
-    assert client.wished == ["x16"]
+    assert client.wished == [("x16", 0.0)]
     store.close()
+
+
+def test_what_is_to_be_compacted_is_sent_with_its_ratio_and_queries(
+    llama: tuple[Any, ModelSpec], daemon: DaemonProcess
+) -> None:
+    model, spec = llama
+    for store_as, ratio in [("compacted-x8", 2.5), ("x8", 0.0)]:
+        client = Compacting(spec, target=daemon.target)
+        policy = Policy(floor=COMPACTED, store_as=store_as, am_ratio=ratio)
+        store = PromptStore(model, client, policy=policy)
+        assert offload(store, TOKENS, computed(model, TOKENS)) == 7
+        store.close()
+        store.client.delete(client.chain(TOKENS))
+        assert client.wished == [(store_as, ratio)]
+        # Every eighth token is sampled; after the last four blocks there are too few.
+        assert client.n_queries == ([13, 11, 9, 0, 0, 0, 0] if ratio else [0] * 7)
 
 
 def test_what_would_not_be_restored_is_not_compacted(

@@ -13,9 +13,9 @@ import mlx.core as mx
 from kvcached_client import ModelSpec
 
 from .compacted import KEPT, CompactedKVCache, Head
+from .queries import note
 
 NAME = "scaled_dot_product_attention"
-_INSTALLED = "kvcached_installed"
 
 
 def modules_of(model: Any) -> list[Any]:
@@ -25,22 +25,30 @@ def modules_of(model: Any) -> list[Any]:
     return [sys.modules[name] for name in sorted(names) if hasattr(sys.modules.get(name), NAME)]
 
 
-def install(model: Any) -> None:
-    """Lets a model take compacted caches. Once or many times, and for good: other caches do not notice."""
+def install(model: Any, sampling: bool = False) -> None:
+    """Lets a model take compacted caches. Once or many times, and for good: other caches do not notice.
+
+    sampling: queries are sampled from now on.
+    """
     for module in modules_of(model):
-        if not hasattr(getattr(module, NAME), _INSTALLED):
-            setattr(module, NAME, _sending(getattr(module, NAME)))
+        if not isinstance(getattr(module, NAME), _Attention):
+            setattr(module, NAME, _Attention(getattr(module, NAME)))
+        getattr(module, NAME).samples |= sampling
 
 
-def _sending(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def call(queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+class _Attention:
+    """In the place of mlx-lm's function; queries are sampled where `samples` says so."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self._plain, self.samples = plain, False
+
+    def __call__(self, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("cache", args[0] if args else None)
+        if self.samples:
+            note(cache, queries)
         if isinstance(cache, CompactedKVCache):
             return _attend(queries, keys, values, *args, **kwargs)
-        return attention(queries, keys, values, *args, **kwargs)
-
-    setattr(call, _INSTALLED, True)
-    return call
+        return self._plain(queries, keys, values, *args, **kwargs)
 
 
 def _attend(

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache
 from kvcached_client import Block, Client, FidelityKind, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 
-from . import attention, blocks
+from . import attention, blocks, queries
 from .breakeven import BreakEven
 from .compacted import CompactedKVCache, cut
 from .fingerprint import fresh_cache
@@ -165,6 +165,8 @@ class PromptStore:
         taken = [block for block in taken if not self._lineage.was_given(block.block_hash)]
         if not taken:
             return 0
+        if self.policy.compacts:
+            taken = queries.with_queries(self.spec, cache, taken)
         n_bytes = _n_bytes(taken)
         with self._state:
             if reason := self._no_room(n_bytes):
@@ -283,6 +285,7 @@ def _feasible(policy: Policy, model: Any, spec: ModelSpec, make_cache: Callable[
     if policy.accepts_compacted:
         reason = attention.supports(model, spec, make_cache)
     if not reason:
+        attention.install(model, sampling=policy.compacts)
         return policy
     log.warning("nothing is compacted, and nothing compacted is restored: %s", reason)
     return policy.without_compaction()
