@@ -1,21 +1,19 @@
 """PromptStore where blocks come back compacted: what is asked for, what is used, and what is put again."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from compacted_blocks import compacted
+from compacted_blocks import Compacting
 from mlx_lm.models.cache import KVCache
 from mlx_models import build, prefill, save
 from support import DaemonProcess
 
-from kvcached_client import Block, Client, FidelityKind, Match, ModelSpec
-from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client import Client, FidelityKind, ModelSpec
 from kvcached_mlx import Policy, PromptStore, fresh_cache, model_spec
 from kvcached_mlx.compacted import CompactedKVCache
 from kvcached_mlx.prompt_cache import OffloadingPromptCache
@@ -25,41 +23,6 @@ TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 64, 7 * BLOCK + 3
 PROMPT = TOKENS[: 5 * BLOCK + 3]
 EXACT, CODED, COMPACTED = FidelityKind.EXACT, FidelityKind.CODED, FidelityKind.COMPACTED
 Open = Callable[..., PromptStore]
-
-
-class Compacting(Client):
-    """A client to which a daemon's exact blocks come as if that had compacted some: to whoever accepts them."""
-
-    which: Callable[[int], bool] = staticmethod(lambda _index: True)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.asked: list[tuple[str, bool]] = []
-        self.wished: list[tuple[str, float]] = []
-        self.n_queries: list[int] = []
-
-    def match(self, hashes: Sequence[bytes], *, accepts_compacted: bool = False, **kwargs: Any) -> Match:
-        if not kwargs.get("before_put"):
-            self.asked.append(("match", accepts_compacted))
-        found = super().match(hashes, accepts_compacted=accepts_compacted, **kwargs)
-        for index, block in enumerate(found.blocks if accepts_compacted else ()):
-            if self.which(index):
-                block.fidelity.kind = pb.FIDELITY_KIND_COMPACTED
-        return found
-
-    def get(self, hashes: Sequence[bytes], *, accepts_compacted: bool = False, **kwargs: Any) -> Iterator[Block | None]:
-        self.asked.append(("get", accepts_compacted))
-        for block in super().get(hashes, accepts_compacted=accepts_compacted, **kwargs):
-            small = block and accepts_compacted and self.which(block.index)
-            yield compacted(self.spec, block) if block and small else block
-
-    def put(
-        self, blocks: Sequence[Block], *, store_as: str = "", am_ratio: float = 0.0, **kwargs: Any
-    ) -> list[pb.PutResult]:
-        self.wished.append((store_as, am_ratio))
-        tensors = [dict(block.tensors) for block in blocks]
-        self.n_queries += [of_block.pop("queries").shape[2] if "queries" in of_block else 0 for of_block in tensors]
-        return super().put([replace(b, tensors=t) for b, t in zip(blocks, tensors, strict=True)], **kwargs)
 
 
 @pytest.fixture

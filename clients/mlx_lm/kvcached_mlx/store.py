@@ -103,6 +103,7 @@ class PromptStore:
                     raise UnsupportedCacheError("the cache that they make cannot be cut")
                 n_tokens = fetched.n_tokens
                 self._lineage.restored(token_ids, fetched.blocks, n_tokens)
+                log.info("a cache of %d tokens in %d bytes", n_tokens, sum(entry.nbytes for entry in cache))
                 self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
         except UnsupportedCacheError as error:
             log.warning("restored blocks do not fit, taken as a miss: %s", error)
