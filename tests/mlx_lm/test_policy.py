@@ -10,7 +10,7 @@ from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_mlx import Policy
 from kvcached_mlx.policy import Held, held_of
 
-EXACT, CODED = FidelityKind.EXACT, FidelityKind.CODED
+EXACT, CODED, COMPACTED = FidelityKind.EXACT, FidelityKind.CODED, FidelityKind.COMPACTED
 SPEC = tiny_spec(block_size=256)
 
 
@@ -20,8 +20,9 @@ def with_state(spec: ModelSpec) -> ModelSpec:
 
 
 def usable(held: str, n_prompt: int, **kwargs: bool) -> tuple[int, int]:
-    """e: exact, c: coded; in capitals with the state of all layers."""
-    blocks = [Held(EXACT if letter in "eE" else CODED, letter.isupper()) for letter in held]
+    """e: exact, c: coded, a: compacted, b: exactly kept behind that; in capitals with the state of all layers."""
+    worth = {"e": EXACT, "c": CODED, "a": COMPACTED, "b": COMPACTED}
+    blocks = [Held(worth[letter.lower()], letter.isupper(), letter in "aA") for letter in held]
     spec = with_state(SPEC) if kwargs.get("has_state") else SPEC
     return Policy(recompute=128).usable(blocks, n_prompt, spec, can_cut=not kwargs.get("has_state"))
 
@@ -66,6 +67,40 @@ def test_a_model_with_state_goes_on_where_it_was_kept(held: str, n_prompt: int, 
     assert usable(held, n_prompt, has_state=True) == expected
 
 
+@pytest.mark.parametrize(
+    ("held", "n_prompt", "expected"),
+    [
+        ("aaaa", 2000, (4, 1024)),
+        ("aaaa", 1152, (4, 1024)),
+        ("aaaa", 1151, (3, 768)),  # a compacted block is used whole or not at all
+        ("aabb", 1151, (3, 768)),  # and so is what is behind it
+        ("ccca", 1151, (3, 768)),
+        ("ccca", 800, (3, 672)),  # it would not be used anyway
+        ("eeea", 1151, (3, 768)),
+        ("eaaa", 500, (1, 256)),
+        ("a", 383, (0, 0)),
+    ],
+)
+def test_a_prefix_with_compacted_blocks_is_cut_by_whole_blocks(
+    held: str, n_prompt: int, expected: tuple[int, int]
+) -> None:
+    assert usable(held, n_prompt) == expected
+
+
+def test_a_model_with_state_goes_on_from_a_compacted_block_that_has_it() -> None:
+    assert usable("aAaA", 1152, has_state=True) == (4, 1024)
+    assert usable("aAaA", 1151, has_state=True) == (2, 512)
+
+
+def test_without_compaction_a_policy_asks_for_the_profile_alone() -> None:
+    asked = Policy(floor=COMPACTED, recompute=5, store_as="compacted-x16", am_ratio=2.5, min_tokens=7)
+    assert (asked.accepts_compacted, asked.compacts) == (True, True)
+    left = asked.without_compaction()
+    assert left == Policy(floor=CODED, recompute=5, store_as="x16", min_tokens=7)
+    assert (left.accepts_compacted, left.compacts) == (False, False)
+    assert Policy(floor=EXACT, store_as="exact").without_compaction() == Policy(floor=EXACT, store_as="exact")
+
+
 def test_nothing_need_be_left_to_compute() -> None:
     assert Policy(recompute=0).usable([Held(CODED, False)] * 4, 1025, SPEC, can_cut=True) == (4, 1024)
 
@@ -81,6 +116,10 @@ def test_nothing_need_be_left_to_compute() -> None:
         ("", EXACT, CODED, EXACT, False),
         ("", CODED, CODED, CODED, True),
         ("x8", CODED, EXACT, CODED, True),
+        ("x8", COMPACTED, EXACT, EXACT, False),
+        ("compacted-x8", COMPACTED, EXACT, EXACT, True),
+        ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
+        ("", COMPACTED, EXACT, EXACT, True),
     ],
 )
 def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
@@ -93,5 +132,7 @@ def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
 
 def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:
     assert held_of(pb.HeldBlock(boundary=True)) == Held(EXACT, True)
+    compacted = pb.HeldBlock(fidelity=pb.Fidelity(kind=pb.FIDELITY_KIND_COMPACTED))
+    assert held_of(compacted) == Held(COMPACTED, False, True)
     later = pb.HeldBlock.FromString(b"\x10\x63")  # lineage 99
     assert held_of(later).worth == EXACT

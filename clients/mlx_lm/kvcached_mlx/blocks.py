@@ -3,6 +3,9 @@
     layers.<i>.<part>         opaque, a row for each token: cut into blocks like dense layers
     state.layers.<i>.<part>   opaque, as it is after the last token: only in a block that ends there
 
+Blocks that come back compacted have packed rows for dense layers; what they give are CompactedKVCaches. Of those, only
+what was computed behind them is ever read again.
+
 What does not fit the ModelSpec is refused with a reason, never stored in another shape.
 """
 
@@ -13,11 +16,14 @@ import mlx.core as mx
 import numpy as np
 
 from kvcached_client import ROOT, Block, FidelityKind, ModelSpec
+from kvcached_client.tensors import DTYPES
 
-from . import tree
+from . import attention, tree
+from .compacted import Head
 from .tree import UnsupportedCacheError
 
 _TOKEN_AXIS = 2
+_PACKED = ("keys", "values", "lengths", "positions", "bias")  # not opaque; the last three in compacted blocks only
 
 
 def to_blocks(
@@ -30,17 +36,19 @@ def to_blocks(
 ) -> list[Block]:
     """The full blocks of a prompt cache that holds exactly `token_ids`; copies, on the thread that calls.
 
-    hashes: of the full blocks. wanted: which of them to take. The rest after the last full block is left out.
+    hashes: of the full blocks. wanted: which of them to take. The rest after the last full block is left out, and so
+    are blocks that were compacted before this cache was made of them.
     lineages: of the full blocks; empty: all EXACT.
 
     Raises:
         UnsupportedCacheError: the cache is not what the spec describes, does not hold these tokens, or has state that
             is not at the end of a block.
     """
-    tokens, state = _named_arrays(spec, cache)
+    first = max(map(tree.first_token, cache), default=0)
+    tokens, state = _named_arrays(spec, cache, first)
     for name, array in tokens.items():
-        if array.shape[_TOKEN_AXIS] != len(token_ids):
-            raise UnsupportedCacheError(f"{name} holds {array.shape[_TOKEN_AXIS]} tokens, {len(token_ids)} were named")
+        if (n_held := first + array.shape[_TOKEN_AXIS]) != len(token_ids):
+            raise UnsupportedCacheError(f"{name} holds {n_held} tokens, {len(token_ids)} were named")
     if state and len(token_ids) % spec.block_size:
         raise UnsupportedCacheError(
             f"state after {len(token_ids)} tokens is not at the end of a block of {spec.block_size}"
@@ -51,9 +59,10 @@ def to_blocks(
     blocks = []
     for index, block_hash in enumerate(hashes):
         is_last = bool(state) and index == len(hashes) - 1
-        if is_last or wanted(block_hash):  # what is held of the last block may lack the state
-            start, stop = index * spec.block_size, (index + 1) * spec.block_size
-            tensors = _join_dense(spec, {name: array[:, start:stop] for name, array in tokens_np.items()})
+        start, stop = index * spec.block_size, (index + 1) * spec.block_size
+        if start >= first and (is_last or wanted(block_hash)):  # what is held of the last block may lack the state
+            rows = {name: array[:, start - first : stop - first] for name, array in tokens_np.items()}
+            tensors = _join_dense(spec, rows)
             blocks.append(
                 Block(
                     block_hash=block_hash,
@@ -69,15 +78,18 @@ def to_blocks(
     return blocks
 
 
-def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: Sequence[Any]) -> None:
+def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: list[Any]) -> None:
     """Fills a fresh prompt cache with consecutive blocks from the first one on. Inverse of `to_blocks`.
+
+    Where one of them is compacted, CompactedKVCaches take the place of the caches of dense layers.
 
     Raises:
         UnsupportedCacheError: the blocks do not make a cache of this model.
     """
     n_tokens = len(blocks) * spec.block_size
-    per_block = [_split_dense(spec, block.tensors) for block in blocks]
+    compacted = any("lengths" in block.tensors for block in blocks)
     try:
+        per_block = [_opaque(block.tensors) if compacted else _split_dense(spec, block.tensors) for block in blocks]
         arrays: dict[str, Any] = {
             name: tree.to_mlx(np.concatenate([tensors[name] for tensors in per_block], axis=_TOKEN_AXIS - 1)[None])
             for name in per_block[-1]
@@ -88,11 +100,16 @@ def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: Sequence[Any]) 
             for name, array in per_block[-1].items()
             if name.startswith("state.")
         }
-        for i, entry in enumerate(cache):
+        for i, (entry, layer) in enumerate(zip(cache, spec.layers, strict=True)):
+            if compacted and not layer.opaque:
+                continue
             prefix = f"layers.{i}."
             parts = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
             _check_precision(spec, i, entry)
             tree.fill(entry, parts, n_tokens)
+        if compacted:
+            made = attention.put_in_place(spec, cache, _ragged_layers(spec, blocks), n_tokens)
+            mx.eval([entry.state for entry in made])
     except (KeyError, ValueError, IndexError) as error:
         raise UnsupportedCacheError(f"the blocks do not make a cache of this model: {error!r}") from None
     mx.eval(list(arrays.values()))
@@ -102,20 +119,27 @@ def dense_rows(spec: ModelSpec, cache: Sequence[Any], start: int, stop: int) -> 
     """ "keys" and "values" of some tokens of a prompt cache, [n_dense_layers, n_kv_heads, stop - start, dim].
 
     Raises:
-        UnsupportedCacheError: the cache is not what the spec describes.
+        UnsupportedCacheError: the cache is not what the spec describes, or was compacted there.
     """
     rows: tree.Arrays = {}
     for i, layer in enumerate(spec.layers):
         if not layer.opaque:
             tokens, _ = tree.read(cache[i])
             _check_dense(spec, i, tokens)
-            rows |= {f"layers.{i}.{name}": array[:, :, start:stop] for name, array in tokens.items()}
+            if start < (first := tree.first_token(cache[i])):
+                raise UnsupportedCacheError(
+                    f"tokens from {start} on were asked for, those before {first} are compacted"
+                )
+            rows |= {f"layers.{i}.{name}": array[:, :, start - first : stop - first] for name, array in tokens.items()}
     mx.eval(list(rows.values()))
     return _join_dense(spec, {name: tree.to_numpy(array)[0] for name, array in rows.items()})
 
 
-def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, tree.Arrays]:
-    """Token and state tensors of all layers by their names on the wire, checked against the spec."""
+def _named_arrays(spec: ModelSpec, cache: Sequence[Any], first: int) -> tuple[tree.Arrays, tree.Arrays]:
+    """Token and state tensors of all layers by their names on the wire, checked against the spec.
+
+    first: the token that the former begin at.
+    """
     if len(cache) != len(spec.layers):
         raise UnsupportedCacheError(f"a cache of {len(cache)} layers, the model has {len(spec.layers)}")
     tokens: tree.Arrays = {}
@@ -125,7 +149,8 @@ def _named_arrays(spec: ModelSpec, cache: Sequence[Any]) -> tuple[tree.Arrays, t
         _check_precision(spec, i, entry)
         if not layer.opaque:
             _check_dense(spec, i, entry_tokens)
-        tokens |= {f"layers.{i}.{name}": array for name, array in entry_tokens.items()}
+        skipped = first - tree.first_token(entry)
+        tokens |= {f"layers.{i}.{name}": array[:, :, skipped:] for name, array in entry_tokens.items()}
         state |= {f"state.layers.{i}.{name}": array for name, array in entry_state.items()}
     batches = {array.shape[0] for array in tokens.values()}
     if batches - {1}:
@@ -161,4 +186,35 @@ def _split_dense(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> dict[str
     """Inverse of `_join_dense`."""
     dense = [i for i, layer in enumerate(spec.layers) if not layer.opaque]
     split = {f"layers.{i}.{name}": tensors[name][at] for at, i in enumerate(dense) for name in ("keys", "values")}
-    return split | {name: array for name, array in tensors.items() if name not in ("keys", "values")}
+    return split | _opaque(tensors)
+
+
+def _opaque(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in tensors.items() if name not in _PACKED}
+
+
+def _ragged_layers(spec: ModelSpec, blocks: Sequence[Block]) -> list[list[Head]]:
+    """The heads of each dense layer, with their rows of all blocks one after another. Raises ValueError."""
+    by_block = [_heads(spec, block.tensors) for block in blocks]
+    heads = [
+        Head(*(tree.to_mlx(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
+        for parts in zip(*by_block, strict=True)
+    ]
+    n_heads = spec.dense_layers[0].n_kv_heads
+    return [heads[i : i + n_heads] for i in range(0, len(heads), n_heads)]
+
+
+def _heads(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Keys, values and bias of each layer and head of a block, views. Raises ValueError for those of another model."""
+    (*heads, n_tokens, key_dim), value_dim = spec.dense_shapes()["keys"], spec.dense_shapes()["values"][-1]
+    lengths = tensors.get("lengths", np.full(heads, n_tokens, np.int32))
+    keys, values = tensors["keys"].reshape(-1, key_dim), tensors["values"].reshape(-1, value_dim)
+    bias = tensors.get("bias", np.zeros(len(keys), np.float32))
+    if lengths.shape != tuple(heads) or lengths.min() < 0 or lengths.max() > n_tokens:
+        raise ValueError(f"lengths are {heads} numbers from 0 to {n_tokens}, got {lengths.shape}")
+    if {len(keys), len(values), len(bias)} != {lengths.sum()} or bias.ndim != 1:
+        raise ValueError(f"{lengths.sum()} rows are expected, got {len(keys)}, {len(values)} and {len(bias)}")
+    if keys.dtype != DTYPES[spec.kv_dtype] or values.dtype != keys.dtype or not np.isfinite(bias).all():
+        raise ValueError(f"rows in {spec.kv_dtype} with a finite bias are expected, got {keys.dtype}, {values.dtype}")
+    ends = lengths.ravel().cumsum()[:-1]
+    return list(zip(np.split(keys, ends), np.split(values, ends), np.split(bias, ends), strict=True))

@@ -1,11 +1,13 @@
 """How much may be lost, and what follows from it: what of a held prefix is used, and what is put again."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvcached_client import Block, FidelityKind, Match, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
+
+_AFTER_COMPACTION = "compacted-"  # what the names of such profiles begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,25 +15,41 @@ class Policy:
     """What an engine accepts and asks for.
 
     floor: the lowest fidelity that is restored. recompute: of a prompt whose prefix is restored at a loss, so many
-    tokens at its end are left to compute. store_as: "exact" or a profile; empty: as the daemon's settings say.
-    min_tokens: shorter prefixes are not restored.
+    tokens at its end are left to compute. store_as: "exact", a profile, or a profile after compaction ("compacted-x8");
+    empty: as the daemon's settings say. am_ratio: of the last, tokens before over tokens after; 0: as the daemon's
+    settings say. min_tokens: shorter prefixes are not restored.
     """
 
     floor: FidelityKind = FidelityKind.CODED
     recompute: int = 128
     store_as: str = ""
+    am_ratio: float = 0.0
     min_tokens: int = 0
+
+    @property
+    def accepts_compacted(self) -> bool:
+        return self.floor == FidelityKind.COMPACTED
+
+    @property
+    def compacts(self) -> bool:
+        return self.store_as.startswith(_AFTER_COMPACTION)
+
+    def without_compaction(self) -> "Policy":
+        """The same for an engine that cannot go on from compacted blocks: profiles alone."""
+        floor = max(self.floor, FidelityKind.CODED)
+        return replace(self, floor=floor, store_as=self.store_as.removeprefix(_AFTER_COMPACTION), am_ratio=0.0)
 
     def usable(self, held: Sequence["Held"], n_prompt: int, spec: ModelSpec, can_cut: bool) -> tuple[int, int]:
         """How many blocks of a held prefix to make a cache of, and how many of their tokens to keep.
 
-        n_prompt: tokens of the whole prompt. can_cut: whether a cache can be cut within a block.
+        n_prompt: tokens of the whole prompt. can_cut: whether a cache can be cut within a block, of those that are not
+        compacted.
         """
         size = spec.block_size
         n_exact = next((i for i, block in enumerate(held) if block.worth < FidelityKind.EXACT), len(held))
         n_exact = _with_state(held[:n_exact], spec)
         n_tokens = max(min(len(held) * size, n_prompt - self.recompute), 0)
-        if not can_cut:
+        if not can_cut or any(block.compacted for block in held[: -(-n_tokens // size)]):
             n_tokens = _with_state(held[: n_tokens // size], spec) * size
         if n_exact * size >= n_tokens:
             return n_exact, n_exact * size
@@ -39,7 +57,11 @@ class Policy:
 
     def held(self, match: Match, lineages: Sequence[FidelityKind]) -> set[bytes]:
         """The blocks of a match that are no worse than what would be put; lineages: of that, block by block."""
-        least = FidelityKind.EXACT if self.store_as == "exact" else FidelityKind.COMPACTED
+        least = FidelityKind.COMPACTED
+        if self.store_as == "exact":
+            least = FidelityKind.EXACT
+        elif self.store_as and not self.compacts:
+            least = FidelityKind.CODED
         return {
             block_hash
             for block_hash, block, lineage in zip(match.hashes, match.blocks, lineages, strict=False)
@@ -48,15 +70,17 @@ class Policy:
 
 
 class Held(NamedTuple):
-    """What counts of a block that is held: what it is worth, and whether it has the state of all layers."""
+    """What counts of a block that is held: its worth, whether it has the state of all layers, and lacks tokens."""
 
     worth: int
     boundary: bool
+    compacted: bool = False
 
 
 def held_of(block: pb.HeldBlock | Block) -> Held:
     """Of a block that was matched or fetched."""
-    return Held(min(_kind(block.fidelity.kind), _kind(block.lineage)), block.boundary)
+    kind = _kind(block.fidelity.kind)
+    return Held(min(kind, _kind(block.lineage)), block.boundary, kind == FidelityKind.COMPACTED)
 
 
 def _with_state(held: Sequence[Held], spec: ModelSpec) -> int:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlx_lm.models.cache import LRUPromptCache, PromptTrie, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache, PromptTrie
 
+from .compacted import cut
 from .store import PromptStore
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,7 @@ class _WatchedTrie(PromptTrie):  # type: ignore[misc] # mlx_lm is untyped
 
 def _without_last_token(cache: list[Any] | None, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
     """An exact hit, less its last token: the model must be fed something (mlx-lm forgets that)."""
-    if cache is not None and can_trim_prompt_cache(cache) and len(tokens) > 1:
-        trim_prompt_cache(cache, 1)
+    if cache is not None and len(tokens) > 1 and cut(cache, 1):
         return cache, tokens[-1:]
     return None, tokens
 

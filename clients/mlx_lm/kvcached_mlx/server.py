@@ -23,6 +23,7 @@ from mlx_lm import server
 
 from kvcached_client import Client, Connection, FidelityKind, Fingerprint, Limits
 from kvcached_client.paths import check_target
+from kvcached_client.protocol import check_am_ratio
 
 from .breakeven import BreakEven, measure
 from .calibrate import DEFAULT_TOKENS, Plan, bundle_of, calibrate_engine
@@ -119,7 +120,13 @@ class Stores:
         """min_tokens: mlx-lm keeps shorter caches in full precision."""
         options = self._options
         floor = FidelityKind[options.floor.upper()]
-        return Policy(floor=floor, recompute=options.recompute, store_as=options.fidelity or "", min_tokens=min_tokens)
+        return Policy(
+            floor=floor,
+            recompute=options.recompute,
+            store_as=options.fidelity or "",
+            am_ratio=options.am_ratio,
+            min_tokens=min_tokens,
+        )
 
     def _break_even(self, model: Any, spec: Any, make_cache: Any) -> BreakEven:
         with self._client(spec, _PROBE_NAMESPACE, _PROBE_LIMITS) as probe:
@@ -172,6 +179,10 @@ def install(options: argparse.Namespace) -> Stores:
             before = fingerprint(Path(model_path), adapter_path) if local else None
             super()._load(model_path, adapter_path, draft_model_path)
             stores.loaded(self, before)
+            store = stores.of(self.model_key)
+            if store is not None and store.policy.accepts_compacted:  # such a cache is of one sequence
+                self.is_batchable = False
+                log.info("requests are served one after another: prefixes may be restored compacted")
 
     class Generator(server.ResponseGenerator):  # type: ignore[misc] # mlx_lm is untyped
         def _generate(self) -> None:
@@ -216,7 +227,10 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if "-h" in arguments or "--help" in arguments:
         parser.print_help()
         print("\nand all flags of mlx_lm.server:\n")
-    return parser.parse_known_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if options.am_ratio and not (options.fidelity or "").startswith("compacted"):
+        parser.error("--am-ratio is of a compacted --fidelity")
+    return options, others
 
 
 def _add_fidelity_flags(group: Any) -> None:
@@ -235,12 +249,17 @@ def _add_fidelity_flags(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--fidelity",
-        choices=["exact", "near-lossless", "x8", "x16", "x32"],
-        help="how blocks are stored (default: as the daemon's settings say: x8 once a model is calibrated)",
+        choices=["exact", "near-lossless", "x8", "x16", "x32", "compacted-x8", "compacted-x16"],
+        help="how blocks are stored (default: as the daemon's settings say: x8 once a model is calibrated); "
+        "compacted ones only with --floor compacted",
     )
     group.add_argument(
-        "--floor", choices=["exact", "coded"], default="coded",
-        help="the lowest fidelity that is restored (default: coded)",
+        "--am-ratio", type=_am_ratio, default=0.0, metavar="R",
+        help="of a compacted fidelity, tokens before over tokens after, 1 to 8 (default: as the daemon's settings say)",
+    )  # fmt: skip
+    group.add_argument(
+        "--floor", choices=["exact", "coded", "compacted"], default="coded",
+        help="the lowest fidelity that is restored (default: coded); with compacted, requests are served in sequence",
     )  # fmt: skip
     group.add_argument(
         "--recompute", type=_not_negative, default=Policy().recompute, metavar="N",
@@ -251,6 +270,13 @@ def _add_fidelity_flags(group: Any) -> None:
 def _target(text: str) -> str:
     try:
         return check_target(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _am_ratio(text: str) -> float:
+    try:
+        return check_am_ratio(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

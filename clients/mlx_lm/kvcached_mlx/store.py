@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache
 
-from kvcached_client import Block, Client, FidelityKind
+from kvcached_client import Block, Client, FidelityKind, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 
-from . import blocks
+from . import attention, blocks, queries
 from .breakeven import BreakEven
+from .compacted import CompactedKVCache, cut
 from .fingerprint import fresh_cache
 from .lineage import Lineage
 from .policy import Policy, held_of
@@ -47,7 +48,7 @@ class PromptStore:
     """Prompt caches of one model in one daemon and namespace.
 
     make_cache: gives an empty prompt cache of the classes that the client's spec describes.
-    policy: how much may be lost.
+    policy: how much may be lost. What a model cannot take of it is left out: `self.policy` is what holds.
     break_even: decides whether a held prefix is worth fetching; learns from each restore.
     name: of this engine, for the daemon's status.
     """
@@ -66,9 +67,9 @@ class PromptStore:
         self.spec, self.client = client.spec, client
         self.counts = Counts()
         self.break_even = break_even or BreakEven()
-        self.policy = policy or Policy()
-        self._name, self._lineage = name, Lineage(self.spec.block_size)
         self._make_cache = make_cache or (lambda: fresh_cache(model))
+        self.policy = _feasible(policy or Policy(), model, self.spec, self._make_cache)
+        self._name, self._lineage = name, Lineage(self.spec.block_size)
         empty = self._make_cache()
         self._classes = [type(entry) for entry in empty]
         self._can_cut = can_trim_prompt_cache(empty) and not self.spec.needs_boundary
@@ -98,9 +99,11 @@ class PromptStore:
             if fetched:
                 start = time.perf_counter()
                 blocks.from_blocks(self.spec, fetched.blocks, cache)
-                trim_prompt_cache(cache, len(fetched.blocks) * self.spec.block_size - fetched.n_tokens)
+                if not cut(cache, len(fetched.blocks) * self.spec.block_size - fetched.n_tokens):
+                    raise UnsupportedCacheError("the cache that they make cannot be cut")
                 n_tokens = fetched.n_tokens
                 self._lineage.restored(token_ids, fetched.blocks, n_tokens)
+                log.info("a cache of %d tokens in %d bytes", n_tokens, sum(entry.nbytes for entry in cache))
                 self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
         except UnsupportedCacheError as error:
             log.warning("restored blocks do not fit, taken as a miss: %s", error)
@@ -118,14 +121,15 @@ class PromptStore:
         if len(hashes) * self.spec.block_size <= n_local:
             return None
         start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
-        match = self.client.match(hashes, floor=self.policy.floor, request_id=request_id)
+        accepted: dict[str, Any] = {"floor": self.policy.floor, "accepts_compacted": self.policy.accepts_compacted}
+        match = self.client.match(hashes, **accepted, request_id=request_id)
         n_blocks, n_tokens = self._usable(match.blocks, len(token_ids))
         if n_tokens < self.policy.min_tokens or not self.break_even.pays(n_local, n_tokens):
             return None
         timeout = self.break_even.patience(n_local, n_tokens)
         fetched: list[Block] = []
         wanted = hashes[:n_blocks]
-        for block in self.client.get(wanted, floor=self.policy.floor, request_id=request_id, timeout=timeout):
+        for block in self.client.get(wanted, **accepted, request_id=request_id, timeout=timeout):
             if block is None:
                 break
             fetched.append(block)
@@ -146,7 +150,7 @@ class PromptStore:
 
         Blocks that the daemon has, that it gave us at a loss, or that are on their way are not taken.
         """
-        if [type(entry) for entry in cache] != self._classes:
+        if not self._is_ours(cache):
             log.warning("prompt cache of %d tokens not offloaded: not of the classes of this model", len(token_ids))
             return 0
         hashes = self.client.chain(token_ids)
@@ -162,6 +166,8 @@ class PromptStore:
         taken = [block for block in taken if not self._lineage.was_given(block.block_hash)]
         if not taken:
             return 0
+        if self.policy.compacts:
+            taken = queries.with_queries(self.spec, cache, taken)
         n_bytes = _n_bytes(taken)
         with self._state:
             if reason := self._no_room(n_bytes):
@@ -172,6 +178,16 @@ class PromptStore:
             self._on_their_way.update(block.block_hash for block in taken)
             self._queue.put(taken)
         return len(taken)
+
+    def _is_ours(self, cache: Sequence[Any]) -> bool:
+        """Whether a prompt cache is of the classes of this model, dense layers perhaps restored compacted."""
+        compacted = [isinstance(entry, CompactedKVCache) for entry in cache]
+        if any(compacted) and compacted != [not layer.opaque for layer in self.spec.layers]:
+            return False
+        pairs = zip(cache, self._classes, strict=False)
+        return len(cache) == len(self._classes) and all(
+            ours or type(entry) is expected for ours, (entry, expected) in zip(compacted, pairs, strict=True)
+        )
 
     def _held(self, hashes: Sequence[bytes], lineages: Sequence[FidelityKind]) -> set[bytes]:
         """The blocks that need not be put."""
@@ -221,7 +237,10 @@ class PromptStore:
 
     def _send(self, taken: list[Block]) -> None:
         request_id = uuid.uuid4().hex[:16]
-        results = self.client.put(taken, store_as=self.policy.store_as, request_id=request_id)
+        wish: dict[str, Any] = {"store_as": self.policy.store_as}
+        if self.policy.compacts and self.policy.am_ratio:
+            wish["am_ratio"] = self.policy.am_ratio
+        results = self.client.put(taken, **wish, request_id=request_id)
         answered = [result for result in results if result.code == "OK"]
         with self._state:
             self.counts.sent += len(answered)
@@ -257,6 +276,20 @@ class _Fetched:
     blocks: list[Block]
     n_tokens: int
     seconds: float
+
+
+def _feasible(policy: Policy, model: Any, spec: ModelSpec, make_cache: Callable[[], list[Any]]) -> Policy:
+    """A policy that does not ask for compaction where a model cannot go on from it, or where its floor is higher."""
+    if not (policy.accepts_compacted or policy.compacts):
+        return policy
+    reason = f"{policy.store_as} is below the floor of what is restored"
+    if policy.accepts_compacted:
+        reason = attention.supports(model, spec, make_cache)
+    if not reason:
+        attention.install(model, sampling=policy.compacts)
+        return policy
+    log.warning("nothing is compacted, and nothing compacted is restored: %s", reason)
+    return policy.without_compaction()
 
 
 def _n_bytes(taken: Sequence[Block]) -> int:

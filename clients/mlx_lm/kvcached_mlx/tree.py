@@ -3,7 +3,7 @@
 A cache entry gives *token* tensors, which have a row for each token ([1, heads, tokens, dim]) and can be cut into
 blocks, and *state* tensors, which are what they are after the last token and cannot be cut. Attributes are read, not
 `state`: mlx-lm 0.31 and 0.32 differ in what that holds, and agree in the attributes. Classes that are not listed are
-refused: a cache that is not understood is never guessed at.
+refused: a cache that is not understood is never guessed at. Ours are read like mlx-lm's, and made elsewhere.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,8 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
+
+from .compacted import CompactedKVCache
 
 Arrays = dict[str, Any]  # of mx.array
 
@@ -30,7 +32,7 @@ class _Kind:
 
 
 def read(entry: Any) -> tuple[Arrays, Arrays]:
-    """Token and state tensors of a cache entry. Raises UnsupportedCacheError."""
+    """Token and state tensors of a cache entry, the former from `first_token` on. Raises UnsupportedCacheError."""
     kind = _kind(entry)
     if entry.empty():
         raise UnsupportedCacheError(f"an empty {type(entry).__name__}")
@@ -42,10 +44,16 @@ def fill(entry: Any, arrays: Mapping[str, Any], n_tokens: int) -> None:
     _kind(entry).fill(entry, arrays, n_tokens)
 
 
+def first_token(entry: Any) -> int:
+    """The first token whose rows a cache entry holds as they were computed."""
+    return entry.n_source if isinstance(entry, CompactedKVCache) else 0
+
+
 def _kind(entry: Any) -> _Kind:
     name = type(entry).__name__
-    if not type(entry).__module__.startswith("mlx_lm.") or name not in _KINDS:
-        known = ", ".join(_KINDS)
+    is_known = isinstance(entry, CompactedKVCache) or type(entry).__module__.startswith("mlx_lm.")
+    if not is_known or name not in _KINDS:
+        known = ", ".join(name for name in _KINDS if name != CompactedKVCache.__name__)
         raise UnsupportedCacheError(f"cache class {type(entry).__module__}.{name}; known are those of mlx-lm: {known}")
     return _KINDS[name]
 
@@ -75,6 +83,17 @@ def _fill_kv(cache: Any, arrays: Mapping[str, Any], n_tokens: int) -> None:
     cache.keys, cache.values, cache.offset = arrays["keys"], arrays["values"], n_tokens
 
 
+# ---- CompactedKVCache: only the tokens behind what was compacted
+
+
+def _read_compacted(cache: CompactedKVCache) -> tuple[Arrays, Arrays]:
+    return cache.exact_tokens(), {}
+
+
+def _fill_compacted(_cache: CompactedKVCache, _arrays: Mapping[str, Any], _n_tokens: int) -> None:
+    raise UnsupportedCacheError("a fresh cache is not compacted")
+
+
 # ---- QuantizedKVCache: each of keys and values is (codes, scales, biases)
 
 _QUANTIZED_PARTS = ("codes", "scales", "biases")
@@ -98,7 +117,7 @@ def precision(entry: Any) -> str | None:
     """How exactly a cache entry keeps what it was given; None for a class that mlx-lm never quantises."""
     if type(entry).__name__ == "QuantizedKVCache":
         return quantized_dtype(entry.bits, entry.group_size)
-    return FULL_PRECISION if type(entry).__name__ == "KVCache" else None
+    return FULL_PRECISION if type(entry).__name__ in ("KVCache", "CompactedKVCache") else None
 
 
 def _read_quantized(cache: Any) -> tuple[Arrays, Arrays]:
@@ -168,6 +187,7 @@ def _fill_list(cache: Any, arrays: Mapping[str, Any], n_tokens: int) -> None:
 
 _KINDS = {
     "KVCache": _Kind(_read_kv, _fill_kv),
+    "CompactedKVCache": _Kind(_read_compacted, _fill_compacted),
     "QuantizedKVCache": _Kind(_read_quantized, _fill_quantized),
     "RotatingKVCache": _windowed("offset", "keep", "max_size", "_idx"),
     "ChunkedKVCache": _windowed("offset", "chunk_size", "start_position"),
