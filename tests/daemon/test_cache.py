@@ -13,8 +13,9 @@ from bundles import make_bundle
 from support import chain, tiny_spec, wait_until
 
 from kvcached.block import BlockId, KVBlock
-from kvcached.cache import Cache, Wish
+from kvcached.cache import Cache
 from kvcached.config import Config
+from kvcached.encoding import Wish
 from kvcached.errors import PreconditionError, QuotaExceededError, UnsupportedFrameError
 from kvcached.metrics import Metrics
 from kvcached.pool import WorkerPool

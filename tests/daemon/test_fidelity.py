@@ -11,6 +11,7 @@ from support import DaemonProcess, data_of, header_of, put_parts, same_tensors, 
 
 from kvcached.codec.bundle import PROFILES, Bundle
 from kvcached.config import FIDELITIES
+from kvcached.encoding import COMPACTED
 from kvcached.records import improves
 from kvcached_client import Block, Client, FidelityKind
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -65,7 +66,7 @@ def configure(client: Client, **settings: str) -> None:
 
 
 def test_the_settings_name_all_profiles() -> None:
-    assert ("auto", "exact", *PROFILES) == FIDELITIES
+    assert ("auto", "exact", *PROFILES, *COMPACTED) == FIDELITIES
 
 
 def test_blocks_are_exact_until_their_model_has_a_bundle_that_says_what_it_loses(
@@ -167,8 +168,11 @@ def test_a_put_can_name_a_bundle_that_nobody_measured(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"store_as": "x64"}, "store_as is empty, exact or one of near-lossless, x8, x16, x32, got 'x64'"),
-        ({"store_as": "auto"}, "store_as is empty, exact or one of near-lossless, x8, x16, x32, got 'auto'"),
+        (
+            {"store_as": "x64"},
+            "store_as is empty, exact or one of near-lossless, x8, x16, x32, compacted-x8, compacted-x16, got 'x64'",
+        ),
+        ({"store_as": "auto"}, "store_as is empty, exact or one of near-lossless, x8"),
         ({"store_as_bundle": bytes(32)}, "store_as_bundle goes with a profile in store_as, got ''"),
         ({"store_as": "exact", "store_as_bundle": bytes(32)}, "goes with a profile in store_as, got 'exact'"),
         ({"store_as": "x8", "store_as_bundle": bytes(31)}, "a bundle id has 32 bytes, got 31"),
