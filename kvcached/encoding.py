@@ -19,7 +19,7 @@ from kvcached.bundles import Bundles, Installed
 from kvcached.codec.bundle import DEFAULT_PROFILE
 from kvcached.codec.compactor import COMPACTED_PROFILES
 from kvcached.config import Config
-from kvcached.errors import PreconditionError, UnsupportedFrameError, UnsupportedRopeError
+from kvcached.errors import CorruptFrameError, PreconditionError, UnsupportedFrameError, UnsupportedRopeError
 from kvcached.metrics import Metrics
 from kvcached.pool import Pipeline, WorkerPool
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -31,6 +31,8 @@ COMPACTED: Mapping[str, str] = {f"compacted-{profile}": profile for profile in C
 _REASONS: Mapping[type[Exception], str] = {
     codec.LossError: "loss",
     ValueError: "values",
+    CorruptFrameError: "values",  # compaction decodes the keys that it coded
+    RuntimeError: "values",  # a fit of scipy's that does not end
     UnsupportedRopeError: "rope",
     UnsupportedFrameError: "bundle",
 }
@@ -134,18 +136,22 @@ class Encoding:
         try:
             compactor = pipeline.compactor(asked)
             compacted = codec.compact(block, compactor, usable)
+            if compacted.block.is_dense:  # a ratio so near to 1 that all tokens stay
+                return self._as_coded(entry)
             self._metrics.compaction_seconds.observe(time.perf_counter() - start)
             frame = encode(compacted.block, coder=compactor)
         except _FALLS as error:
             self._note_coded(pipeline.spec, error)
-            coded = replace(asked, kind=FidelityKind.CODED, am_ratio=0.0)
-            entry.fidelity.CopyFrom(coded.to_proto())
-            return None
+            return self._as_coded(entry)
         entry.mass_error, entry.output_error = compacted.mass_error, compacted.output_error
         self._metrics.compacted_blocks.labels(source).inc()
         self._metrics.compaction_source_rows.inc(block.lengths.sum())
         self._metrics.compaction_kept_rows.inc(compacted.block.lengths.sum())
         return frame
+
+    @staticmethod
+    def _as_coded(entry: pb.Entry) -> None:
+        entry.fidelity.kind, entry.fidelity.am_ratio = pb.FIDELITY_KIND_CODED, 0.0
 
     def _coded(self, pipeline: Pipeline, encode: "partial[bytes]", block: KVBlock, entry: pb.Entry) -> bytes | None:
         """The frame, coded; None if it cannot be, and then the entry says EXACT."""

@@ -118,9 +118,17 @@ class Pipeline:
         return self._ready(self._coders, fidelity, lambda bundle: bundle.coder(profile))
 
     def compactor(self, fidelity: Fidelity) -> Compactor:
-        """The same, for a fidelity that is COMPACTED."""
-        profile, ratio = fidelity.profile, fidelity.am_ratio
-        return self._ready(self._compactors, fidelity, lambda bundle: bundle.compactor(profile, ratio))
+        """The same, for a fidelity that is COMPACTED, and for blocks of this model's size.
+
+        Raises UnsupportedFrameError also if those have too few tokens for the ratio.
+        """
+
+        def build(bundle: Bundle) -> Compactor:
+            if not bundle.compaction:
+                raise KeyError("compaction")
+            return bundle.compaction.compactor(self.spec, fidelity)
+
+        return self._ready(self._compactors, fidelity, build)
 
     def forget(self, bundle_id: bytes) -> None:
         """Lets go of the coders of a bundle."""
@@ -151,6 +159,8 @@ class Pipeline:
             return build(bundle)
         except KeyError:
             raise missing from None
+        except ValueError as error:
+            raise UnsupportedFrameError(f"no block of {self.spec.name!r} is compacted so: {error}") from None
 
 
 class WorkerPool:
