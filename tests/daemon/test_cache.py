@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 from bundles import make_bundle
-from compactions import make_compacting
+from compacting import make_compacting
 from support import chain, tiny_spec, wait_until
 
-from kvcached.block import BlockId, KVBlock
+from kvcached import codec
+from kvcached.block import BlockId, Fidelity, KVBlock
 from kvcached.cache import Cache
 from kvcached.config import Config
 from kvcached.encoding import Wish
 from kvcached.errors import PreconditionError, QuotaExceededError, UnsupportedFrameError
 from kvcached.metrics import Metrics
-from kvcached.pool import WorkerPool
+from kvcached.pool import Pipeline, WorkerPool
 from kvcached.store import Store
 from kvcached_client import Block, Client, RopeSpec
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -157,7 +158,8 @@ def test_a_bundle_that_is_removed_leaves_nothing_in_memory(cache: Cache) -> None
 def test_the_record_of_a_compacted_block_says_what_it_loses_and_no_other_does(cache: Cache) -> None:
     spec = tiny_spec(block_size=64)
     cache.register(spec)
-    cache.bundles.install(make_compacting(spec))
+    bundle = make_compacting(spec)
+    cache.bundles.install(bundle)
     with Client(spec) as client:
         blocks = chain(client, range(128))
     entries = []
@@ -173,8 +175,11 @@ def test_the_record_of_a_compacted_block_says_what_it_loses_and_no_other_does(ca
     cache.pool.close()
     compacted, coded = entries
     assert compacted.fidelity.kind == pb.FIDELITY_KIND_COMPACTED
-    assert 0 < compacted.output_error < 1
-    assert 0 < compacted.mass_error < 10
+    fidelity = Fidelity.from_proto(compacted.fidelity)
+    kv = KVBlock.dense(blocks[0].tensors, 64, 0)
+    expected = codec.compact(kv, Pipeline(spec, lambda _: bundle).compactor(fidelity))
+    assert compacted.output_error == pytest.approx(expected.output_error, rel=1e-6)
+    assert compacted.mass_error == pytest.approx(expected.mass_error, rel=1e-6)
     assert (coded.fidelity.kind, coded.output_error, coded.mass_error) == (pb.FIDELITY_KIND_CODED, 0, 0)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import install, make_bundle
-from compactions import (
+from compacting import (
     SIZE,
     configure,
     counter,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from bundles import install, low_rank_chain, make_bundle
-from compactions import SIZE, counter, fresh, fresh_spec, get, here, make_compacting, put, put_fresh, stored_as
+from compacting import SIZE, counter, fresh, fresh_spec, get, here, make_compacting, put, put_fresh, stored_as
 from support import DaemonProcess, same_tensors
 
 from kvcached.codec.bundle import PROFILES, Bundle

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 from bundles import make_bundle
-from compactions import make_compacting
+from compacting import make_compacting
 from support import tiny_spec
 
 from kvcached import pool as pool_module
