@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,23 @@ def test_better_in_one_respect_and_worse_in_another_replaces_nothing(client: Cli
     assert put(client, block, store_as="compacted-x16", am_ratio=2).outcome == pb.OUTCOME_STORED
     result = put(client, block, store_as="compacted-x8", am_ratio=4)
     assert (result.outcome, stored_as(result)) == (pb.OUTCOME_ALREADY_HELD, "compacted-x16@2")
+
+
+@pytest.mark.usefixtures("bundle")
+def test_of_many_puts_of_one_block_at_once_the_best_is_held(client: Client, shared_daemon: DaemonProcess) -> None:
+    (block,) = fresh(client)
+    wishes = [("compacted-x16", 8.0), ("compacted-x8", 4.0), ("x16", 0.0), ("compacted-x16", 2.0), ("x8", 0.0)]
+
+    def one(wish: tuple[str, float]) -> str:
+        return put(client, block, store_as=wish[0], am_ratio=wish[1]).code
+
+    with ThreadPoolExecutor(20) as threads:
+        assert set(threads.map(one, wishes * 4)) == {"OK"}
+    (found,) = get(client, block)
+    assert found
+    assert (found.fidelity.kind, found.fidelity.profile) == (CODED, "x8")
+    assert list(shared_daemon.call("Check", pb.CheckRequest()).problems) == []
+    assert wait_until(lambda: shared_daemon.status().pool.put_bytes == 0)
 
 
 # ---- what the daemon says of them

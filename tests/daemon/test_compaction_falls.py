@@ -210,3 +210,13 @@ def test_huge_queries_never_make_numbers_that_are_none(shared_daemon: DaemonProc
         (found,) = get(client, block)
     assert found
     assert all(np.isfinite(tensor).all() for tensor in found.tensors.values())
+
+
+@pytest.mark.usefixtures("bundle")
+def test_a_block_at_the_last_positions_there_are_is_stored_and_comes_back(client: Client) -> None:
+    (block,) = fresh(client)
+    block = replace(block, first_position=2**31 - SIZE - 1)
+    assert put(client, block, store_as="compacted-x8").code == "OK"
+    (found,) = get(client, block)
+    assert found
+    assert all(np.isfinite(tensor).all() for tensor in found.tensors.values())
