@@ -6,7 +6,6 @@ Every message names what was expected and what came.
 import hashlib
 from collections.abc import Mapping
 from math import inf, prod
-from typing import cast
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from kvcached.block import BlockId, Fidelity, FidelityKind, ModelSpec
 from kvcached.codec.bundle import PROFILES
 from kvcached.encoding import COMPACTED
 from kvcached.errors import InvalidRequestError, PreconditionError
-from kvcached.matching import BUDGETS, BudgetsBy
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import HASH_BYTES, block_hash, token_bytes
@@ -266,34 +264,20 @@ def calibration_profiles(start: pb.CalibrateStart, spec: ModelSpec) -> dict[str,
     return {name: asked[name] or usual for name, usual in PROFILES.items() if name in asked}
 
 
-def calibration_budgets(start: pb.CalibrateStart) -> BudgetsBy:
-    """By what compaction is to share tokens between heads."""
-    name = start.budgets or BUDGETS[0]
-    if name not in BUDGETS:
-        raise InvalidRequestError(
-            f"budgets are shared by {', '.join(BUDGETS)}, or empty for {BUDGETS[0]}, "
-            f"got {name[:MAX_MESSAGE_CHARACTERS]!r}"
-        )
-    return cast(BudgetsBy, name)
-
-
 def check_piece(header: pb.CalibrateHeader, spec: ModelSpec, max_block_bytes: int) -> None:
     """What is said of a piece of calibration data, before any of it is received: text, or metrics of the output."""
     if problems := tensors.problems(header.tensors):
         raise InvalidRequestError("; ".join(problems))
     got = {t.name: (t.dtype, tuple(t.shape)) for t in header.tensors}
-    expected = _metric_tensors(spec, got) if "output_metric" in got else _text_tensors(header, spec, got)
+    expected = _metric_tensors(spec) if "output_metric" in got else _text_tensors(header, spec, got)
     if got != expected:
         raise InvalidRequestError(f"tensors of this piece of calibration data should be {expected}, got {got}")
     _check_size(header, max_block_bytes)
 
 
-def _metric_tensors(spec: ModelSpec, got: _Described) -> _Described:
+def _metric_tensors(spec: ModelSpec) -> _Described:
     n_layers, n_kv_heads, _, dim = spec.dense_shapes()["values"]
-    expected: _Described = {"output_metric": ("float32", (n_layers, n_kv_heads, dim, dim))}
-    if "head_weights" in got:
-        expected["head_weights"] = ("float32", (n_layers, n_kv_heads))
-    return expected
+    return {"output_metric": ("float32", (n_layers, n_kv_heads, dim, dim))}
 
 
 def _text_tensors(header: pb.CalibrateHeader, spec: ModelSpec, got: _Described) -> _Described:
@@ -332,15 +316,13 @@ def _n_query_heads(spec: ModelSpec) -> int:
 
 
 def check_piece_values(arrays: Mapping[str, np.ndarray]) -> None:
-    """The numbers of a piece: finite, positions not negative, weights above 0, metrics symmetric."""
+    """The numbers of a piece: finite, positions not negative, metrics symmetric."""
     for name, array in arrays.items():
         if name == "query_positions":
             if array.min() < 0:
                 raise InvalidRequestError(f"positions of queries must be 0 to 2**31 - 1, got {array.min()}")
         elif not np.isfinite(array).all():
             raise InvalidRequestError(f"{name} must be finite, got NaN or infinity")
-        elif name == "head_weights" and array.min() <= 0:
-            raise InvalidRequestError(f"head_weights must be above 0, got {array.min():.3g}")
     if "output_metric" in arrays:
         metric = arrays["output_metric"].astype(np.float64)
         difference = np.abs(metric - metric.swapaxes(-1, -2)).max()
