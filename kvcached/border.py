@@ -12,6 +12,7 @@ import numpy as np
 
 from kvcached.block import BlockId, Fidelity, FidelityKind, ModelSpec
 from kvcached.codec.bundle import PROFILES
+from kvcached.encoding import COMPACTED
 from kvcached.errors import InvalidRequestError, PreconditionError
 from kvcached.matching import BUDGETS, BudgetsBy
 from kvcached_client import protocol, tensors
@@ -20,6 +21,8 @@ from kvcached_client.hashing import HASH_BYTES, block_hash, token_bytes
 from kvcached_client.spec import kind_from_proto
 
 EXACT = "exact"  # a name for a fidelity, beside those of the profiles
+QUERIES = "queries"  # the tensor of a Put that is not the block's
+MAX_QUERIES = 256  # of one head
 MAX_HASHES = 100_000
 MAX_ENGINE_NAME_BYTES = 128
 MAX_MESSAGE_CHARACTERS = 1000
@@ -102,15 +105,31 @@ def measured(profiles: Mapping[str, pb.Measured]) -> None:
 
 
 def store_as(header: pb.Header) -> str:
-    """How a put is to be stored: "exact", a profile, or nothing, which leaves it to the daemon's settings."""
+    """How a put is to be stored: "exact", a profile, one after compaction, or nothing: as the daemon's settings say."""
     name, bundle_id = header.store_as, header.store_as_bundle
-    if name not in ("", EXACT, *PROFILES):
-        raise InvalidRequestError(f"store_as is empty, {EXACT} or one of {', '.join(PROFILES)}, got {name!r}")
-    if bundle_id and name not in PROFILES:
+    profiles = (*PROFILES, *COMPACTED)
+    if name not in ("", EXACT, *profiles):
+        raise InvalidRequestError(f"store_as is empty, {EXACT} or one of {', '.join(profiles)}, got {name!r}")
+    if bundle_id and name not in profiles:
         raise InvalidRequestError(f"store_as_bundle goes with a profile in store_as, got {name!r}")
     if len(bundle_id) not in (0, HASH_BYTES):
         raise InvalidRequestError(f"a bundle id has {HASH_BYTES} bytes, got {len(bundle_id)}")
     return name
+
+
+def am_ratio(header: pb.Header) -> float:
+    """How much a put is to be compacted; 0: as the daemon's settings say."""
+    if not header.am_ratio:
+        return 0.0
+    try:
+        ratio = protocol.check_am_ratio(float(str(np.float32(header.am_ratio))))  # in the digits that were meant
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from None
+    if header.store_as not in COMPACTED:
+        raise InvalidRequestError(
+            f"am_ratio goes with {' or '.join(COMPACTED)} in store_as, got {header.store_as!r} and {ratio:g}"
+        )
+    return ratio
 
 
 def fidelity_kind(value: int) -> FidelityKind:
@@ -147,7 +166,7 @@ def entry_of(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> tuple[
         lineage=pb.FidelityKind.Name(lineage),
         min_fidelity=header.min_fidelity,  # unspecified stays so: the daemon's own choice
         boundary=header.boundary,
-        source_bytes=header.data_bytes,
+        source_bytes=tensors.nbytes(tensor for tensor in header.tensors if tensor.name != QUERIES),
     )
     return BlockId(header.model_id, header.namespace, header.block_hash), entry
 
@@ -175,6 +194,11 @@ def _check_tokens(header: pb.Header, spec: ModelSpec) -> None:
         )
 
 
+def queries_bytes(header: pb.Header) -> int:
+    """Of what a Put carries beside the block."""
+    return sum(tensors.nbytes([tensor]) for tensor in header.tensors if tensor.name == QUERIES)
+
+
 def _check_tensors(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> None:
     if problems := tensors.problems(header.tensors):
         raise InvalidRequestError("; ".join(problems))
@@ -182,15 +206,40 @@ def _check_tensors(header: pb.Header, spec: ModelSpec, max_block_bytes: int) -> 
     got = {t.name: (t.dtype, tuple(t.shape)) for t in header.tensors if t.name in ("keys", "values")}
     if got != expected:
         raise InvalidRequestError(f"dense tensors of this model are {expected}, got {got}")
-    _check_size(header, max_block_bytes)
+    for tensor in header.tensors:
+        if tensor.name in tensors.PACKED:
+            raise InvalidRequestError(f"{tensor.name!r} is a tensor of compacted blocks: call an opaque one otherwise")
+        if tensor.name == QUERIES:
+            _check_queries(tensor, spec, max_block_bytes)
+    _check_size(header, max_block_bytes, queries_bytes(header))
 
 
-def _check_size(header: pb.Header | pb.CalibrateHeader, max_block_bytes: int) -> None:
+def _check_queries(tensor: pb.Tensor, spec: ModelSpec, max_block_bytes: int) -> None:
+    """What is said of the queries in a Put."""
+    if not spec.dense_layers:
+        raise InvalidRequestError(f"{QUERIES!r} are of dense layers, and {spec.name!r} has none")
+    shape = tuple(tensor.shape)
+    n_queries = shape[2] if len(shape) == 4 else 0
+    n_layers, n_heads, dim = len(spec.dense_layers), _n_query_heads(spec), spec.dense_layers[0].key_dim
+    if (tensor.dtype, shape) != (
+        spec.kv_dtype,
+        (n_layers, n_heads, n_queries, dim),
+    ) or not 1 <= n_queries <= MAX_QUERIES:
+        expected = f"{spec.kv_dtype} ({n_layers}, {n_heads}, 1 to {MAX_QUERIES}, {dim})"
+        raise InvalidRequestError(f"queries of this model are {expected}, got {tensor.dtype} {shape}")
+    if (n_bytes := tensors.nbytes([tensor])) > max_block_bytes // 4:
+        raise InvalidRequestError(
+            f"queries take at most a quarter of max_block_bytes, {max_block_bytes // 4} bytes, got {n_bytes}"
+        )
+
+
+def _check_size(header: pb.Header | pb.CalibrateHeader, max_block_bytes: int, besides: int = 0) -> None:
+    """besides: bytes of tensors that have a limit of their own."""
     n_bytes = tensors.nbytes(header.tensors)
     if n_bytes != header.data_bytes:
         raise InvalidRequestError(f"the tensors described take {n_bytes} bytes, data_bytes says {header.data_bytes}")
-    if n_bytes > max_block_bytes:
-        raise InvalidRequestError(f"a block of {n_bytes} bytes, at most max_block_bytes = {max_block_bytes} are taken")
+    if (size := n_bytes - besides) > max_block_bytes:
+        raise InvalidRequestError(f"a block of {size} bytes, at most max_block_bytes = {max_block_bytes} are taken")
 
 
 # ---- calibration

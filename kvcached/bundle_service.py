@@ -61,6 +61,7 @@ class BundleService:
             installed=installed.installed,
             n_blocks=n_blocks,
             current=installed.bundle_id in current,
+            compacts=outline.compacts,
             profiles=[
                 pb.ProfileStatus(name=name, target_compression=target, measured=outline.measured.get(name))
                 for name, target in outline.profiles.items()

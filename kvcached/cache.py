@@ -15,16 +15,15 @@ from itertools import takewhile
 import structlog
 
 from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
-from kvcached.bundles import Bundles, Installed
-from kvcached.codec.bundle import DEFAULT_PROFILE
+from kvcached.bundles import Bundles
 from kvcached.config import Config
+from kvcached.encoding import Encoding, Queries, Wish
 from kvcached.errors import (
     CorruptFrameError,
     KvcachedError,
     PreconditionError,
     QuotaExceededError,
     UnsupportedFrameError,
-    UnsupportedRopeError,
 )
 from kvcached.metrics import Metrics
 from kvcached.pool import Lane, Pipeline, WorkerPool, warm_kernels
@@ -33,8 +32,6 @@ from kvcached.store import Store
 from kvcached_client._proto import kvcached_pb2 as pb
 
 log = structlog.get_logger()
-# Why a block that was to be coded is stored exactly.
-_FALLBACKS = {ValueError: "values", UnsupportedRopeError: "rope", UnsupportedFrameError: "bundle"}
 _LATE_SECONDS = 60.0
 Stored = tuple[pb.Outcome, pb.Entry]
 
@@ -52,22 +49,15 @@ class Floor:
         return min(entry.fidelity.kind, entry.lineage) >= self.kind
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a put says of how it is to be stored. Empty: as the settings say, with the model's current bundle."""
-
-    fidelity: str = ""  # "exact" or a profile
-    bundle_id: bytes = b""
-
-
 @dataclass(slots=True, eq=False)
 class _Claim:
-    """A put under way. `done`: the answer.
+    """A put under way. `n_bytes`: the room it takes in memory. `done`: the answer.
 
     waiting: children that are encoded and wait for this commit to be queued before theirs; None once nobody must wait.
     """
 
     entry: pb.Entry
+    n_bytes: int
     done: "Future[Stored]" = field(default_factory=Future)
     encoded: "Future[bytes]" = field(default_factory=Future)
     waiting: "list[tuple[BlockId, _Claim]] | None" = field(default_factory=list)
@@ -90,7 +80,7 @@ class Cache:
         self.bundles = Bundles(store.path / "bundles")
         store.replace_unless(self._has_bundle)
         self._models = store.models()
-        self._told_uncodable: set[bytes] = set()  # models of which the log has a block that could not be coded
+        self._encoding = Encoding(self.bundles, pool, metrics)
         self._lock = threading.Lock()  # guards the claims
         self._claims: dict[BlockId, _Claim] = {}
 
@@ -117,20 +107,8 @@ class Cache:
     # ---- fidelity
 
     def choose(self, spec: ModelSpec, entry: pb.Entry, wish: Wish) -> Fidelity:
-        """How a block is to be stored. What has no bundle, or a bundle without the profile, is stored exactly.
-
-        Raises PreconditionError if the wish names a bundle that is not there, or of another model.
-        """
-        name = wish.fidelity or self.config.fidelity_of(entry.namespace)
-        bundle = self._bundle(spec, wish.bundle_id)
-        if bundle is None or entry.min_fidelity == pb.FIDELITY_KIND_EXACT:
-            return Fidelity()
-        says = bundle.outline
-        # A loss that nobody measured is nobody's default.
-        profile, known = (DEFAULT_PROFILE, says.measured) if name == "auto" else (name, says.profiles)
-        if profile not in known:
-            return Fidelity()
-        return Fidelity(FidelityKind.CODED, profile, bundle_id=bundle.bundle_id)
+        """See Encoding.choose."""
+        return self._encoding.choose(spec, entry, wish, self.config)
 
     def warm(self) -> None:
         """Does what the first block that is coded would wait for: compiles kernels, reads and checks bundles."""
@@ -138,14 +116,6 @@ class Cache:
             warm_kernels()
         for spec in self.models().values():
             self.bundles.current(spec)
-
-    def _bundle(self, spec: ModelSpec, bundle_id: bytes) -> Installed | None:
-        if not bundle_id:
-            return self.bundles.newest(spec)
-        if bundle := self.bundles.installed(bundle_id):
-            bundle.check_fits(spec)
-            return bundle
-        raise PreconditionError(f"unknown bundle {bundle_id.hex()}: install it first")
 
     def _has_bundle(self, entry: pb.Entry) -> bool:
         """Whether what is needed to decode a block is there."""
@@ -184,13 +154,16 @@ class Cache:
             self.metrics.lookup_hit_tokens.inc(len(entries) * spec.block_size)
         return entries
 
-    def put(self, block_id: BlockId, entry: pb.Entry, block: KVBlock) -> "Future[Stored]":
-        """Encodes and commits a block, for which room was reserved in `pool.puts`; gives the room back when done.
+    def put(
+        self, block_id: BlockId, entry: pb.Entry, block: KVBlock, queries: Queries | None = None
+    ) -> "Future[Stored]":
+        """Encodes and commits a block; queries: what to compact it with, see Encoding.frame.
 
+        Room was reserved in `pool.puts` for its source bytes and its queries, and is given back when it is done.
         Of several puts of one block at once, one is encoded, unless a later one is better. A block whose parent is
         still under way is committed behind it. The future raises KvcachedError.
         """
-        claim = _Claim(entry)
+        claim = _Claim(entry, entry.source_bytes + (0 if queries is None else queries.nbytes))
         claim.done.add_done_callback(lambda done: self._put_done(block_id, claim, done))
         with self._lock:
             other = self._claims.get(block_id)
@@ -204,7 +177,7 @@ class Cache:
         try:
             if held := self.store.no_worse(block_id, entry):
                 return self._answer_early(claim, (pb.OUTCOME_ALREADY_HELD, held))
-            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, entry)
+            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, entry, queries)
         except Exception as error:  # noqa: BLE001 - a claim that is never answered is a hang
             return self._answer_early(claim, error)
         claim.encoded.add_done_callback(lambda _: self._commit_behind(parent, block_id, claim))
@@ -295,7 +268,7 @@ class Cache:
         with self._lock:
             if self._claims.get(block_id) is claim:
                 del self._claims[block_id]
-        self.pool.puts.give_back(claim.entry.source_bytes)
+        self.pool.puts.give_back(claim.n_bytes)
         if error := done.exception():
             self.count_refused(error)
             return
@@ -331,31 +304,9 @@ class Cache:
         self.metrics.get_source_bytes.inc(entry.source_bytes)
         return found
 
-    def _encode(self, block_id: BlockId, block: KVBlock, entry: pb.Entry) -> bytes:
-        """In a worker: the frame of a block. What cannot be coded is kept exactly, and its entry says so."""
-        start, spec = time.perf_counter(), self.model(block_id.model_id)
-        pipeline = self._pipeline(spec)
-        encode = partial(
-            pipeline.encode, block_id, block, FidelityKind(entry.lineage), zstd_level=self.config.zstd_level
-        )
-        frame = None
-        if entry.fidelity.kind == pb.FIDELITY_KIND_CODED:
-            try:
-                frame = encode(coder=pipeline.coder(entry.fidelity.bundle_id, entry.fidelity.profile))
-            except tuple(_FALLBACKS) as error:
-                self._note_fallback(spec, error)
-                entry.fidelity.CopyFrom(Fidelity().to_proto())
-        frame = frame or encode()
-        fidelity = FidelityKind(entry.fidelity.kind).name
-        self.metrics.encode_seconds.labels(fidelity).observe(time.perf_counter() - start)
-        return frame
-
-    def _note_fallback(self, spec: ModelSpec, error: Exception) -> None:
-        reason = next(reason for kind, reason in _FALLBACKS.items() if isinstance(error, kind))
-        self.metrics.exact_fallback_blocks.labels(reason).inc()
-        if spec.model_id not in self._told_uncodable:
-            self._told_uncodable.add(spec.model_id)
-            log.warning("block stored exactly, this is told once", model=spec.name, reason=reason, error=str(error))
+    def _encode(self, block_id: BlockId, block: KVBlock, entry: pb.Entry, queries: Queries | None) -> bytes:
+        spec = self.model(block_id.model_id)
+        return self._encoding.frame(spec, block_id, block, entry, queries, self.config.zstd_level)
 
     def _decode(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
         found = self.store.frame(block_id)
@@ -366,7 +317,7 @@ class Cache:
         return entry, pipeline.decode(block_id, frame, entry.source_bytes, Fidelity.from_proto(entry.fidelity))
 
     def _pipeline(self, spec: ModelSpec) -> Pipeline:
-        return self.pool.pipeline(spec, lambda spec: Pipeline(spec, self.bundles.get))
+        return self._encoding.pipeline(spec)
 
 
 def _answer(claim: _Claim, answer: Stored | BaseException) -> None:

@@ -6,10 +6,10 @@ with where it came from, what was expected and what came.
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Le
 from platformdirs import user_cache_path, user_config_path
@@ -17,7 +17,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Confi
 
 from kvcached.errors import InvalidRequestError, PreconditionError
 from kvcached_client.paths import default_socket
+from kvcached_client.protocol import check_am_ratio
 
+T = TypeVar("T")
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 ENVIRONMENT_PREFIX = "KVCACHED_"
 _OF_OTHERS = ("KVCACHED_TARGET",)  # kvcachedctl's
@@ -32,24 +34,44 @@ def _expanded(path: Any) -> Path:
         raise ValueError(str(error)) from None
 
 
-@lru_cache(maxsize=8)
-def _by_namespace(text: str) -> Mapping[str, str]:
-    """Of NAMESPACE=FIDELITY with commas between, which fidelity each has. Raises ValueError for any other text."""
-    fidelities: dict[str, str] = {}
+def _by_namespace(text: str, what: str, read: Callable[[str], T]) -> Mapping[str, T]:
+    """Of NAMESPACE=VALUE with commas between, which value each has. Raises ValueError for any other text."""
+    values: dict[str, T] = {}
     for item in filter(None, map(str.strip, text.split(","))):
-        namespace, equals, fidelity = item.rpartition("=")
-        if not equals or fidelity not in FIDELITIES or namespace in fidelities:
-            raise ValueError(f"NAMESPACE=FIDELITY, each once, expected, of {', '.join(FIDELITIES)}; got {item!r}")
-        fidelities[namespace] = fidelity
-    return fidelities
+        namespace, equals, value = item.rpartition("=")
+        if not equals or namespace in values:
+            raise ValueError(f"NAMESPACE={what}, each once, expected, with commas between; got {item!r}")
+        values[namespace] = read(value)
+    return values
 
 
-def _namespace_fidelity(text: str) -> str:
-    _by_namespace(text)
-    return text
+def _fidelity(name: str) -> str:
+    if name not in FIDELITIES:
+        raise ValueError(f"a fidelity is one of {', '.join(FIDELITIES)}, got {name!r}")
+    return name
 
 
-FidelityName = Literal["auto", "exact", "near-lossless", "x8", "x16", "x32"]
+@lru_cache(maxsize=8)
+def _fidelities(text: str) -> Mapping[str, str]:
+    return _by_namespace(text, "FIDELITY", _fidelity)
+
+
+@lru_cache(maxsize=8)
+def _ratios(text: str) -> Mapping[str, float]:
+    return _by_namespace(text, "RATIO", check_am_ratio)
+
+
+def _checked_by(read: Callable[[str], Any]) -> AfterValidator:
+    """Text that `read` understands stays as it is."""
+
+    def check(text: str) -> str:
+        read(text)
+        return text
+
+    return AfterValidator(check)
+
+
+FidelityName = Literal["auto", "exact", "near-lossless", "x8", "x16", "x32", "compacted-x8", "compacted-x16"]
 FIDELITIES: tuple[str, ...] = get_args(FidelityName)
 PathOfUser = Annotated[Path, BeforeValidator(_expanded)]
 Size = Annotated[ByteSize, Le(64 * TIB)]  # half of what a process can address
@@ -74,10 +96,17 @@ class Config(BaseModel):
     max_block_bytes: Annotated[Size, Ge(MIB)] = _live(GIB, "largest block that is accepted")
     fidelity: FidelityName = _live(
         "auto",
-        "how blocks are stored: exact, a profile (near-lossless, x8, x16, x32), or auto: x8 once it was measured",
+        "how blocks are stored: exact, a profile (near-lossless, x8, x16, x32), one after compaction (compacted-x8, "
+        "compacted-x16), or auto: x8 once it was measured",
     )
-    namespace_fidelity: Annotated[str, AfterValidator(_namespace_fidelity)] = _live(
+    namespace_fidelity: Annotated[str, _checked_by(_fidelities)] = _live(
         "", "fidelity in some namespaces: NAMESPACE=FIDELITY,NAMESPACE=FIDELITY"
+    )
+    am_ratio: Annotated[float, BeforeValidator(check_am_ratio)] = _live(
+        4.0, "compaction: tokens before over tokens after, 1 (none) to 8"
+    )
+    namespace_am_ratio: Annotated[str, _checked_by(_ratios)] = _live(
+        "", "am_ratio in some namespaces: NAMESPACE=RATIO,NAMESPACE=RATIO"
     )
     drain_seconds: Annotated[float, Ge(0), Le(300)] = Field(10.0, description="time to finish work after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -112,7 +141,11 @@ class Config(BaseModel):
 
     def fidelity_of(self, namespace: str) -> str:
         """How blocks of a namespace are stored, unless a put says otherwise."""
-        return _by_namespace(self.namespace_fidelity).get(namespace, self.fidelity)
+        return _fidelities(self.namespace_fidelity).get(namespace, self.fidelity)
+
+    def am_ratio_of(self, namespace: str) -> float:
+        """How much blocks of a namespace are compacted, where they are, unless a put says otherwise."""
+        return _ratios(self.namespace_am_ratio).get(namespace, self.am_ratio)
 
     def items(self) -> list[tuple[str, str]]:
         """Names and values, as text that the validators accept."""
@@ -173,5 +206,7 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
             name = str(detail["loc"][0])
             known = "" if name in Config.model_fields else f"; settings are {', '.join(Config.model_fields)}"
             origin = origins.get(name, "default")
-            complaints.append(f"{name} ({origin}): {detail['msg']}, got {detail['input']!r}{known}")
+            message = str(detail.get("ctx", {}).get("error", detail["msg"]))  # ours as they are, pydantic's as it likes
+            came = f"got {detail['input']!r}"
+            complaints.append(f"{name} ({origin}): {message}{'' if came in message else f', {came}'}{known}")
         raise InvalidRequestError("; ".join(complaints)) from None

@@ -313,7 +313,8 @@ def _show(listed: Sequence[pb.BundleStatus]) -> None:
     for bundle in listed:
         name = bundle.model_name if bundle.model_id else f"{bundle.model_name} (not registered)"
         current = ", current" if bundle.current else ""
-        about = f"{name}: {size(bundle.bytes)}, {bundle.n_blocks:,} blocks in use{current}"
+        compacts = ", compacts" if bundle.compacts else ""
+        about = f"{name}: {size(bundle.bytes)}, {bundle.n_blocks:,} blocks in use{compacts}{current}"
         screen.print(Text.assemble((bundle.bundle_id.hex()[:_ID_CHARACTERS], "bold"), "  ", about))
         table = _table("compression (target)")
         for profile in bundle.profiles:

@@ -32,9 +32,16 @@ class Metrics:
         self.corrupt_blocks = self._counter("corrupt_blocks", "Blocks whose bytes failed a check when read")
         what = "Blocks that were to be coded and are stored exactly, by reason"
         self.exact_fallback_blocks = self._counter("exact_fallback_blocks", what, "reason")
+        what = "Blocks that were to be compacted and are kept at a better fidelity, by reason"
+        self.coded_fallback_blocks = self._counter("coded_fallback_blocks", what, "reason")
+        what = "Blocks compacted, by whose queries said what is read of them"
+        self.compacted_blocks = self._counter("compacted_blocks", what, "queries")
+        self.compaction_source_rows = self._counter("compaction_source_rows", "Tokens of KV heads before compaction")
+        self.compaction_kept_rows = self._counter("compaction_kept_rows", "Tokens of KV heads left by compaction")
         self.rpc_requests = self._counter("rpc_requests", "Calls, by method and status", "method", "code")
         self.rpc_seconds = self._histogram("rpc_duration", "Duration of calls, by method and status", "method", "code")
         self.encode_seconds = self._histogram("encode_duration", "Time to encode a block", "fidelity")
+        self.compaction_seconds = self._histogram("compaction_duration", "Time to compact a block, part of encoding it")
         self.decode_seconds = self._histogram("decode_duration", "Time to read and decode a block", "fidelity")
 
     def _counter(self, name: str, description: str, *labels: str) -> Counter:

@@ -20,10 +20,11 @@ from kvcached import codec
 from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
 from kvcached.codec import entropy
 from kvcached.codec.bundle import Bundle, Coder
+from kvcached.codec.compactor import Compactor
 from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
 
 T = TypeVar("T")
-_MAX_CODERS = 4  # of a model; each holds the bases of its bundle
+_MAX_CODERS = 4  # of a model, and as many that compact; each holds the bases of its bundle
 _warming = threading.Lock()
 _warm_once = cache(entropy.warm)
 
@@ -82,11 +83,17 @@ class Pipeline:
     def __init__(self, spec: ModelSpec, bundle_of: Callable[[bytes], Bundle | None] = _no_bundle) -> None:
         self.spec = spec
         self._bundle_of = bundle_of
-        self._lock = threading.Lock()  # guards the coders, the last used last
-        self._coders: OrderedDict[tuple[bytes, str], Coder] = OrderedDict()
+        self._lock = threading.Lock()  # guards the coders and compactors, the last used last
+        self._coders: OrderedDict[Fidelity, Coder] = OrderedDict()
+        self._compactors: OrderedDict[Fidelity, Compactor] = OrderedDict()
 
     def encode(
-        self, block_id: BlockId, block: KVBlock, lineage: FidelityKind, zstd_level: int, coder: Coder | None = None
+        self,
+        block_id: BlockId,
+        block: KVBlock,
+        lineage: FidelityKind,
+        zstd_level: int,
+        coder: Coder | Compactor | None = None,
     ) -> bytes:
         """See codec.encode."""
         return codec.encode(block_id, block, lineage=lineage, zstd_level=zstd_level, coder=coder)
@@ -95,8 +102,11 @@ class Pipeline:
         self, block_id: BlockId, frame: bytes, max_source_bytes: int, fidelity: Fidelity | None = None
     ) -> KVBlock:
         """See codec.decode. fidelity: of the frame, which names its coder; None: EXACT."""
-        is_coded = fidelity is not None and fidelity.kind == FidelityKind.CODED
-        coder = self.coder(fidelity.bundle_id, fidelity.profile) if fidelity and is_coded else None
+        coder: Coder | Compactor | None = None
+        if fidelity and fidelity.kind == FidelityKind.CODED:
+            coder = self.coder(fidelity.bundle_id, fidelity.profile)
+        elif fidelity and fidelity.kind == FidelityKind.COMPACTED:
+            coder = self.compactor(fidelity)
         return codec.decode(block_id, frame, max_source_bytes, coder)
 
     def coder(self, bundle_id: bytes, profile: str) -> Coder:
@@ -104,28 +114,53 @@ class Pipeline:
 
         Raises UnsupportedFrameError if the bundle is not there, or does not have the profile.
         """
-        key = (bundle_id, profile)
-        with self._lock:
-            if key not in self._coders:
-                self._coders[key] = self._build(bundle_id, profile)
-            self._coders.move_to_end(key)
-            if len(self._coders) > _MAX_CODERS:
-                self._coders.popitem(last=False)
-            return self._coders[key]
+        fidelity = Fidelity(FidelityKind.CODED, profile, bundle_id=bundle_id)
+        return self._ready(self._coders, fidelity, lambda bundle: bundle.coder(profile))
+
+    def compactor(self, fidelity: Fidelity) -> Compactor:
+        """The same, for a fidelity that is COMPACTED, and for blocks of this model's size.
+
+        Raises UnsupportedFrameError also if those have too few tokens for the ratio.
+        """
+
+        def build(bundle: Bundle) -> Compactor:
+            if not bundle.compaction:
+                raise KeyError("compaction")
+            return bundle.compaction.compactor(self.spec, fidelity)
+
+        return self._ready(self._compactors, fidelity, build)
 
     def forget(self, bundle_id: bytes) -> None:
         """Lets go of the coders of a bundle."""
+        kept: tuple[OrderedDict[Fidelity, Any], ...] = (self._coders, self._compactors)
         with self._lock:
-            for key in [key for key in self._coders if key[0] == bundle_id]:
-                del self._coders[key]
+            for made in kept:
+                for fidelity in [fidelity for fidelity in made if fidelity.bundle_id == bundle_id]:
+                    del made[fidelity]
 
-    def _build(self, bundle_id: bytes, profile: str) -> Coder:
-        bundle = self._bundle_of(bundle_id)
-        if bundle is None or profile not in bundle.profiles:
-            missing = f"profile {profile!r} of bundle {bundle_id.hex()}"
-            raise UnsupportedFrameError(f"{missing} is needed, and not installed")
+    def _ready(self, made: OrderedDict[Fidelity, T], fidelity: Fidelity, build: Callable[[Bundle], T]) -> T:
+        with self._lock:
+            if fidelity not in made:
+                made[fidelity] = self._build(fidelity, build)
+            made.move_to_end(fidelity)
+            if len(made) > _MAX_CODERS:
+                made.popitem(last=False)
+            return made[fidelity]
+
+    def _build(self, fidelity: Fidelity, build: Callable[[Bundle], T]) -> T:
+        bundle = self._bundle_of(fidelity.bundle_id)
+        missing = UnsupportedFrameError(
+            f"profile {fidelity.profile!r} of bundle {fidelity.bundle_id.hex()} is needed, and not installed"
+        )
+        if bundle is None:
+            raise missing
         warm_kernels()
-        return bundle.coder(profile)
+        try:
+            return build(bundle)
+        except KeyError:
+            raise missing from None
+        except ValueError as error:
+            raise UnsupportedFrameError(f"no block of {self.spec.name!r} is compacted so: {error}") from None
 
 
 class WorkerPool:

@@ -222,14 +222,14 @@ def _model_spec(record: bytes) -> ModelSpec:
 
 def improves(new: pb.Entry, held: pb.Entry) -> bool:
     """Whether `new` is better in one respect and worse in none: fidelity, lineage, boundary state."""
+    if new.fidelity.kind == held.fidelity.kind:
+        found, there = _within_kind(new.fidelity), _within_kind(held.fidelity)
+    else:  # whatever they are worth among their own
+        found, there = (new.fidelity.kind, 0.0), (held.fidelity.kind, 0.0)
+    better, worse = (*found, new.lineage, new.boundary), (*there, held.lineage, held.boundary)
+    return all(a >= b for a, b in zip(better, worse, strict=True)) and better != worse
 
-    def rank(entry: pb.Entry) -> tuple[int, int, bool]:
-        return fidelity_rank(entry.fidelity), entry.lineage, entry.boundary
 
-    is_no_worse = all(a >= b for a, b in zip(rank(new), rank(held), strict=True))
-    return is_no_worse and rank(new) != rank(held)
-
-
-def fidelity_rank(fidelity: pb.Fidelity) -> int:
-    """Higher is better: by kind, and of coded ones by profile, whatever the bundle. An unknown profile is the worst."""
-    return 100 * fidelity.kind + _PROFILE_RANKS.get(fidelity.profile, 0)
+def _within_kind(fidelity: pb.Fidelity) -> tuple[int, float]:
+    """Higher is better, in each: the profile, whatever the bundle, and the ratio. An unknown profile is the worst."""
+    return _PROFILE_RANKS.get(fidelity.profile, 0), -fidelity.am_ratio

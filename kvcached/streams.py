@@ -19,7 +19,8 @@ import structlog
 
 from kvcached import border
 from kvcached.block import BlockId, KVBlock
-from kvcached.cache import Cache, Fetch, Wish
+from kvcached.cache import Cache, Fetch
+from kvcached.encoding import Wish
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -127,9 +128,10 @@ class PutReceiver:
         try:
             spec = self._cache.model(header.model_id)
             block_id, entry = border.entry_of(header, spec, self._cache.config.max_block_bytes)
-            wish = Wish(border.store_as(header), header.store_as_bundle)
+            wish = Wish(border.store_as(header), header.store_as_bundle, border.am_ratio(header))
             entry.fidelity.CopyFrom(self._cache.choose(spec, entry, wish).to_proto())
-            self._cache.pool.puts.take(entry.source_bytes)
+            n_bytes = entry.source_bytes + border.queries_bytes(header)
+            self._cache.pool.puts.take(n_bytes)
         except KvcachedError as error:
             self._cache.count_refused(error)
             self._skip(header.data_bytes)
@@ -137,14 +139,15 @@ class PutReceiver:
         try:
             payload = protocol.read_payload(self._parts, header.data_bytes)
             arrays = tensors.views(header.tensors, payload)
+            queries = arrays.pop(border.QUERIES, None)
             block = KVBlock.dense(arrays, header.n_tokens, header.first_position)
         except ValueError as error:
-            self._cache.pool.puts.give_back(entry.source_bytes)
+            self._cache.pool.puts.give_back(n_bytes)
             raise InvalidRequestError(str(error)) from None
         except BaseException:
-            self._cache.pool.puts.give_back(entry.source_bytes)
+            self._cache.pool.puts.give_back(n_bytes)
             raise
-        return self._cache.put(block_id, entry, block)
+        return self._cache.put(block_id, entry, block, queries)
 
     def _skip(self, n_bytes: int) -> None:
         """Reads past the data of a refused block."""

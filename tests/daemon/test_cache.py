@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 from bundles import make_bundle
+from compacting import make_compacting
 from support import chain, tiny_spec, wait_until
 
-from kvcached.block import BlockId, KVBlock
-from kvcached.cache import Cache, Wish
+from kvcached import codec
+from kvcached.block import BlockId, Fidelity, KVBlock
+from kvcached.cache import Cache
 from kvcached.config import Config
+from kvcached.encoding import Wish
 from kvcached.errors import PreconditionError, QuotaExceededError, UnsupportedFrameError
 from kvcached.metrics import Metrics
-from kvcached.pool import WorkerPool
+from kvcached.pool import Pipeline, WorkerPool
 from kvcached.store import Store
 from kvcached_client import Block, Client, RopeSpec
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -150,6 +153,34 @@ def test_a_bundle_that_is_removed_leaves_nothing_in_memory(cache: Cache) -> None
     with pytest.raises(UnsupportedFrameError):
         pipeline.coder(bundle.bundle_id, "x8")
     cache.pool.close()
+
+
+def test_the_record_of_a_compacted_block_says_what_it_loses_and_no_other_does(cache: Cache) -> None:
+    spec = tiny_spec(block_size=64)
+    cache.register(spec)
+    bundle = make_compacting(spec)
+    cache.bundles.install(bundle)
+    with Client(spec) as client:
+        blocks = chain(client, range(128))
+    entries = []
+    for block, wish in zip(blocks, (Wish("compacted-x8", am_ratio=3), Wish("x8")), strict=True):
+        entry = pb.Entry(
+            n_tokens=64, parent_hash=block.parent_hash, index=block.index, first_position=block.first_position
+        )
+        entry.lineage = pb.FIDELITY_KIND_EXACT
+        entry.fidelity.CopyFrom(cache.choose(spec, entry, wish).to_proto())
+        block_id = BlockId(spec.model_id, "", block.block_hash)
+        cache.put(block_id, entry, KVBlock.dense(block.tensors, 64, block.first_position)).result(30)
+        entries.append(cache.store.entry(block_id))
+    cache.pool.close()
+    compacted, coded = entries
+    assert compacted.fidelity.kind == pb.FIDELITY_KIND_COMPACTED
+    fidelity = Fidelity.from_proto(compacted.fidelity)
+    kv = KVBlock.dense(blocks[0].tensors, 64, 0)
+    expected = codec.compact(kv, Pipeline(spec, lambda _: bundle).compactor(fidelity))
+    assert compacted.output_error == pytest.approx(expected.output_error, rel=1e-6)
+    assert compacted.mass_error == pytest.approx(expected.mass_error, rel=1e-6)
+    assert (coded.fidelity.kind, coded.output_error, coded.mass_error) == (pb.FIDELITY_KIND_CODED, 0, 0)
 
 
 def test_rotary_positions_that_cannot_be_removed_mean_exact_storage(cache: Cache) -> None:

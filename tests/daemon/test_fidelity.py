@@ -11,6 +11,7 @@ from support import DaemonProcess, data_of, header_of, put_parts, same_tensors, 
 
 from kvcached.codec.bundle import PROFILES, Bundle
 from kvcached.config import FIDELITIES
+from kvcached.encoding import COMPACTED
 from kvcached.records import improves
 from kvcached_client import Block, Client, FidelityKind
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -65,7 +66,7 @@ def configure(client: Client, **settings: str) -> None:
 
 
 def test_the_settings_name_all_profiles() -> None:
-    assert ("auto", "exact", *PROFILES) == FIDELITIES
+    assert ("auto", "exact", *PROFILES, *COMPACTED) == FIDELITIES
 
 
 def test_blocks_are_exact_until_their_model_has_a_bundle_that_says_what_it_loses(
@@ -167,8 +168,11 @@ def test_a_put_can_name_a_bundle_that_nobody_measured(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"store_as": "x64"}, "store_as is empty, exact or one of near-lossless, x8, x16, x32, got 'x64'"),
-        ({"store_as": "auto"}, "store_as is empty, exact or one of near-lossless, x8, x16, x32, got 'auto'"),
+        (
+            {"store_as": "x64"},
+            "store_as is empty, exact or one of near-lossless, x8, x16, x32, compacted-x8, compacted-x16, got 'x64'",
+        ),
+        ({"store_as": "auto"}, "store_as is empty, exact or one of near-lossless, x8"),
         ({"store_as_bundle": bytes(32)}, "store_as_bundle goes with a profile in store_as, got ''"),
         ({"store_as": "exact", "store_as_bundle": bytes(32)}, "goes with a profile in store_as, got 'exact'"),
         ({"store_as": "x8", "store_as_bundle": bytes(31)}, "a bundle id has 32 bytes, got 31"),
@@ -296,17 +300,39 @@ def test_a_block_computed_on_a_lossy_prefix_neither_replaces_nor_answers_for_an_
 
 
 def entry(name: str, lineage: pb.FidelityKind = EXACT, boundary: bool = False) -> pb.Entry:
-    kind, profile = (EXACT, "") if name == "exact" else (CODED, name)
-    return pb.Entry(fidelity=pb.Fidelity(kind=kind, profile=profile), lineage=lineage, boundary=boundary)
+    """Named as in settings; a compacted one with its ratio: "compacted-x8@4"."""
+    name, _, ratio = name.partition("@")
+    kind = EXACT if name == "exact" else pb.FIDELITY_KIND_COMPACTED if ratio else CODED
+    profile = "" if name == "exact" else COMPACTED.get(name, name)
+    fidelity = pb.Fidelity(kind=kind, profile=profile, am_ratio=float(ratio or 0))
+    return pb.Entry(fidelity=fidelity, lineage=lineage, boundary=boundary)
 
 
 def test_what_improves_is_better_in_something_and_worse_in_nothing() -> None:
-    order = ["x32", "x16", "x8", "near-lossless", "exact"]
-    cases = list(product(range(5), (CODED, EXACT), (False, True)))
+    order = ["compacted-x8@8", "compacted-x8@1.1", "x32", "x16", "x8", "near-lossless", "exact"]
+    cases = list(product(range(len(order)), (CODED, EXACT), (False, True)))
     for new, held in product(cases, cases):
         ranks = [(a, kind_to_proto(FidelityKind(b)), c) for a, b, c in (new, held)]
         expected = all(a >= b for a, b in zip(*ranks, strict=True)) and ranks[0] != ranks[1]
         assert improves(entry(order[new[0]], *new[1:]), entry(order[held[0]], *held[1:])) == expected
+
+
+@pytest.mark.parametrize(
+    ("new", "held", "expected"),
+    [
+        ("compacted-x8@2", "compacted-x8@4", True),
+        ("compacted-x8@4", "compacted-x16@4", True),
+        ("compacted-x8@2", "compacted-x16@4", True),
+        ("compacted-x8@4", "compacted-x8@4", False),
+        ("compacted-x8@4.1", "compacted-x8@4.1", False),  # which no float32 is
+        ("compacted-x8@4", "compacted-x16@2", False),  # better in one respect and worse in the other
+        ("compacted-x16@2", "compacted-x8@4", False),
+    ],
+)
+def test_of_compacted_blocks_that_of_the_better_profile_and_lower_ratio_improves(
+    new: str, held: str, expected: bool
+) -> None:
+    assert improves(entry(new), entry(held)) == expected
 
 
 @pytest.mark.usefixtures("bundle")

@@ -3,14 +3,16 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 
 import pytest
 from bundles import make_bundle
+from compacting import make_compacting
 from support import tiny_spec
 
 from kvcached import pool as pool_module
-from kvcached.block import ModelSpec
+from kvcached.block import Fidelity, FidelityKind, ModelSpec
 from kvcached.codec.bundle import PROFILES, Bundle
 from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
 from kvcached.pool import ByteBudget, Lane, Pipeline, WorkerPool, warm_kernels
@@ -73,6 +75,43 @@ def test_a_model_keeps_the_coders_that_were_used_last(pool: WorkerPool) -> None:
         pipeline.coder(bundle_id, "x32")
     assert len(asked) == 6
     pool.close()
+
+
+def test_a_compactor_is_kept_for_each_ratio_and_profile_and_gone_with_its_bundle(pool: WorkerPool) -> None:
+    bundle, asked = make_compacting(tiny_spec(block_size=64)), []
+    pipeline = pool.pipeline(bundle.spec, lambda spec: Pipeline(spec, lambda _: asked.append(1) or bundle))
+    wanted = [Fidelity(FidelityKind.COMPACTED, p, r, bundle.bundle_id) for p in ("x8", "x16") for r in (2.0, 4.0)]
+    made = {id(pipeline.compactor(fidelity)) for _ in range(2) for fidelity in wanted}
+    assert (len(made), len(asked)) == (4, 4)
+    assert [pipeline.compactor(fidelity).fidelity for fidelity in wanted] == wanted
+    pipeline.coder(bundle.bundle_id, "x8")  # beside them
+    pipeline.compactor(replace(wanted[0], am_ratio=3.0))
+    pipeline.compactor(wanted[-1])
+    assert len(asked) == 6
+    pipeline.compactor(wanted[0])  # the one that was used least lately was let go
+    assert len(asked) == 7
+    pool.forget(bundle.bundle_id)
+    pipeline.compactor(wanted[0])
+    assert len(asked) == 8
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "ratio", "profile", "message"),
+    [
+        (64, 4.0, "x32", "profile 'x32' of bundle"),
+        (16, 8.0, "x8", "no block of 'tiny' is compacted so: "),
+        (64, 9.0, "x8", "no block of 'tiny' is compacted so: "),
+    ],
+    ids=["profile", "blocks too short", "ratio beyond all"],
+)
+def test_a_compactor_that_a_bundle_does_not_make_is_not_supported(
+    block_size: int, ratio: float, profile: str, message: str
+) -> None:
+    bundle = make_compacting(tiny_spec(block_size=64))
+    pipeline = Pipeline(tiny_spec(block_size=block_size), lambda _: bundle)
+    with pytest.raises(UnsupportedFrameError, match=message):
+        pipeline.compactor(Fidelity(FidelityKind.COMPACTED, profile, ratio, bundle.bundle_id))
 
 
 def test_kernels_are_warmed_once_however_many_ask_and_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ._proto import kvcached_pb2 as pb
 from .breaker import CircuitBreaker
 from .connection import Connection, DaemonError
 from .hashing import chain_hashes
-from .protocol import CHUNK_BYTES, MAX_REQUEST_ID_CHARACTERS, Part, describe_part, read_payload
+from .protocol import CHUNK_BYTES, MAX_REQUEST_ID_CHARACTERS, Part, check_am_ratio, describe_part, read_payload
 from .spec import Fidelity, FidelityKind, ModelSpec, kind_from_proto, kind_to_proto
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,11 @@ log = logging.getLogger(__name__)
 class Block:
     """One full block of a prompt with its tensors, as an engine hands it over and gets it back.
 
-    tensors: "keys" and "values" of the dense layers, [n_layers, n_kv_heads, block_size, dim]; any others are opaque.
-    token_ids is empty in a block that came from the daemon, which never stores tokens.
+    tensors: "keys" and "values" of the dense layers, [n_layers, n_kv_heads, block_size, dim]. Beside them, "queries"
+    [n_layers, n_query_heads, 1 to 256, key_dim] in a block that is put says what will be read of it, in case that it is
+    compacted. A block that comes back compacted has rows of all heads one after another, layer by layer: "keys" and
+    "values" [n_rows, dim], "positions" and "bias" [n_rows], and "lengths" [n_layers, n_kv_heads], the rows of each. Any
+    other tensors are opaque. token_ids is empty in a block that came from the daemon, which never stores tokens.
     """
 
     block_hash: bytes
@@ -132,6 +135,7 @@ class Client:
     ) -> Iterator[Block | None]:
         """The blocks asked for, in order: exactly one item for each hash, None for one that is not to be had.
 
+        accepts_compacted: the caller applies biases, and heads of unequal length; others are never given such blocks.
         timeout: seconds for all of them, `limits.get_seconds` at most.
         """
         request = pb.GetRequest(
@@ -149,25 +153,69 @@ class Client:
                     seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
                     parts = self._connection.get(request, seconds)
                     for block_hash in hashes:
-                        yield _read_block(parts, block_hash, self.limits.block_bytes)
+                        yield self._read_block(parts, block_hash, accepts_compacted)
                         n_yielded += 1
         except (DaemonError, DecodeError, ValueError) as error:
             log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, len(hashes), error)
         yield from [None] * (len(hashes) - n_yielded)
 
+    def _read_block(self, parts: Iterator[Part], block_hash: bytes, accepts_compacted: bool) -> Block | None:
+        """The next block of a Get stream. Raises ValueError where the stream is not what was asked for."""
+        header = next(parts, None)
+        if not isinstance(header, pb.Header) or header.block_hash != block_hash:
+            raise ValueError(f"expected the header of block {block_hash.hex()}, got {describe_part(header)}")
+        if not header.found:
+            return None
+        problems, size = tensors.problems(header.tensors), header.data_bytes
+        if problems or size != tensors.nbytes(header.tensors) or size > self.limits.block_bytes:
+            raise ValueError(f"block {block_hash.hex()} has a wrong size or layout: {size} bytes, {problems}")
+        fidelity = Fidelity.from_proto(header.fidelity)
+        arrays = tensors.views(header.tensors, read_payload(parts, size))
+        if fidelity.kind == FidelityKind.COMPACTED:
+            self._check_compacted(arrays, header, accepts_compacted)
+        return Block(
+            block_hash=block_hash,
+            parent_hash=header.parent_hash,
+            index=header.index,
+            token_ids=(),
+            tensors=arrays,
+            first_position=header.first_position,
+            boundary=header.boundary,
+            fidelity=fidelity,
+            lineage=kind_from_proto(header.lineage),
+        )
+
+    def _check_compacted(self, arrays: tensors.Arrays, header: pb.Header, accepts_compacted: bool) -> None:
+        """Raises ValueError for rows that an engine which trusts them would read wrongly, or asked not to be given."""
+        shapes = self.spec.dense_shapes()
+        if not accepts_compacted or not shapes:
+            raise ValueError(f"block {header.block_hash.hex()} is compacted, which this caller does not take")
+        if problems := tensors.packed_problems(arrays, self.spec.kv_dtype, shapes, header.first_position):
+            raise ValueError(f"block {header.block_hash.hex()} is compacted and malformed: {'; '.join(problems)}")
+
     def put(
-        self, blocks: Sequence[Block], *, store_as: str = "", store_as_bundle: bytes = b"", request_id: str = ""
+        self,
+        blocks: Sequence[Block],
+        *,
+        store_as: str = "",
+        store_as_bundle: bytes = b"",
+        am_ratio: float | None = None,
+        request_id: str = "",
     ) -> list[pb.PutResult]:
         """Stores blocks, parents first, and waits until they are committed: one result for each, refused or not.
 
-        store_as: "exact" or a profile, of `store_as_bundle` if that is given; otherwise as the daemon's settings say.
+        store_as: "exact", a profile or "compacted-" with one, of `store_as_bundle` if that is given; otherwise as the
+        daemon's settings say. am_ratio: with a compacted one, tokens before over tokens after, 1 to 8; None: likewise.
         At most `limits.in_flight_bytes` (but one block at least) are sent ahead of their results.
 
         Raises:
-            ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range.
+            ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range; or an
+                am_ratio that is none.
         """
+        wish = {"store_as": store_as, "store_as_bundle": store_as_bundle}
+        ratio = 0.0 if am_ratio is None else check_am_ratio(am_ratio)
         request_id = _printable(request_id) or uuid.uuid4().hex[:16]
-        upload = _Upload(self, blocks, store_as=store_as, store_as_bundle=store_as_bundle, request_id=request_id)
+        upload = _Upload(self, blocks, **wish, am_ratio=ratio, request_id=request_id)
         reason = "nobody answers (circuit breaker is open)"
         try:
             with _Attempt(self) as attempt:
@@ -324,26 +372,3 @@ class _Upload:
 def _printable(request_id: str) -> str:
     """A request id as the daemon's log has it: nothing that a caller writes into it may break a call."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in request_id[:MAX_REQUEST_ID_CHARACTERS])
-
-
-def _read_block(parts: Iterator[Part], block_hash: bytes, max_bytes: int) -> Block | None:
-    """The next block of a Get stream. Raises ValueError where the stream is not what was asked for."""
-    header = next(parts, None)
-    if not isinstance(header, pb.Header) or header.block_hash != block_hash:
-        raise ValueError(f"expected the header of block {block_hash.hex()}, got {describe_part(header)}")
-    if not header.found:
-        return None
-    problems = tensors.problems(header.tensors)
-    if problems or header.data_bytes != tensors.nbytes(header.tensors) or header.data_bytes > max_bytes:
-        raise ValueError(f"block {block_hash.hex()} has a wrong size or layout: {header.data_bytes} bytes, {problems}")
-    return Block(
-        block_hash=block_hash,
-        parent_hash=header.parent_hash,
-        index=header.index,
-        token_ids=(),
-        tensors=tensors.views(header.tensors, read_payload(parts, header.data_bytes)),
-        first_position=header.first_position,
-        boundary=header.boundary,
-        fidelity=Fidelity.from_proto(header.fidelity),
-        lineage=kind_from_proto(header.lineage),
-    )

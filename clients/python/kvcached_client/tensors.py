@@ -20,6 +20,8 @@ MAX_TENSORS, MAX_NDIM, MAX_NAME_BYTES, MAX_VALUES = 4096, 8, 128, 1 << 48
 _NUMPY = ("float16", "float32", "float64", "bool", *(f"{s}{b}" for s in ("int", "uint") for b in (8, 16, 32, 64)))
 DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in _NUMPY} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+PACKED = ("lengths", "positions", "bias")  # beside keys and values, what a compacted block has and a dense one has not
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -63,6 +65,32 @@ def views(tensors: Iterable[pb.Tensor], payload: np.ndarray) -> dict[str, np.nda
         tensor.name: payload[offset : offset + size].view(DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
         for tensor, (offset, size) in zip(listed, _layout(listed), strict=True)
     }
+
+
+def packed_problems(arrays: Arrays, kv_dtype: str, dense: Mapping[str, tuple[int, ...]], first: int) -> list[str]:
+    """What is wrong with the tensors of a compacted block, in words; empty if heads may be cut from its rows.
+
+    dense: shapes of the same model's keys and values, [n_layers, n_kv_heads, n_tokens, dim]; first: position of the
+    first token.
+    """
+    n_layers, n_kv_heads, n_tokens, _ = dense["keys"]
+    lengths = arrays.get("lengths", np.empty(0, np.int32))
+    n_rows = int(lengths.sum(dtype=np.int64)) if np.issubdtype(lengths.dtype, np.integer) else -1
+    expected = {"lengths": ("int32", (n_layers, n_kv_heads)), "positions": ("int32", (n_rows,))}
+    expected |= {"bias": ("float32", (n_rows,))}
+    expected |= {name: (kv_dtype, (n_rows, shape[-1])) for name, shape in dense.items()}
+    got = {name: (arrays[name].dtype.name, arrays[name].shape) for name in expected if name in arrays}
+    if got != expected:
+        return [f"tensors of a compacted block of this model are {expected}, got {got}"]
+    found = []
+    if not ((lengths >= 1) & (lengths <= n_tokens)).all():
+        found.append(f"heads have 1 to {n_tokens} rows, got {lengths.min()} to {lengths.max()}")
+    positions = arrays["positions"].astype(np.int64) - first
+    if not ((positions >= 0) & (positions < n_tokens)).all():
+        found.append(f"positions are those of {n_tokens} tokens from {first} on, got others")
+    if not np.isfinite(arrays["bias"]).all():
+        found.append("biases must be finite, got NaN or infinity")
+    return found
 
 
 def pieces(arrays: Arrays, max_bytes: int) -> Iterator[memoryview | bytes]:
