@@ -299,7 +299,7 @@ def test_a_profile_of_another_name_is_corrupt(name: str) -> None:
     assert_corrupt(sealed(changed(f"profiles/{name}", content()["profiles"]["x8"]), tensors))
 
 
-@pytest.mark.parametrize("found", ["kvcached bundle 2", "", "x" * 100_000])
+@pytest.mark.parametrize("found", ["kvcached bundle 3", "", "x" * 100_000])
 def test_another_format_is_unsupported(found: str) -> None:
     with pytest.raises(UnsupportedBundleError) as caught:
         Bundle.unpack(sealed(changed("format", found), TENSORS))

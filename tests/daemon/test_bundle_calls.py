@@ -132,7 +132,9 @@ def test_bytes_that_are_no_bundle_are_refused_and_nothing_is_kept(
 @pytest.mark.usefixtures("client")
 def test_a_bundle_of_a_later_version_is_refused(shared_daemon: DaemonProcess, made: list[Bundle]) -> None:
     later = made[0].pack().replace(b"kvcached bundle 1", b"kvcached bundle 9")
-    assert refused(shared_daemon, later).startswith("UNIMPLEMENTED: expected format 'kvcached bundle 1', got ")
+    assert refused(shared_daemon, later).startswith(
+        "UNIMPLEMENTED: expected format 'kvcached bundle 1' or 'kvcached bundle 2', got "
+    )
 
 
 @pytest.mark.parametrize(

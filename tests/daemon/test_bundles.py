@@ -182,7 +182,7 @@ def test_whatever_stands_at_the_beginning_of_a_file_is_an_outline_or_one_of_two_
 def test_a_bundle_of_a_later_version_is_left_alone(directory: Path, made: list[Bundle]) -> None:
     Bundles(directory).install(made[0])
     (path,) = directory.iterdir()
-    path.write_bytes(path.read_bytes().replace(b"kvcached bundle 1", b"kvcached bundle 2"))
+    path.write_bytes(path.read_bytes().replace(b"kvcached bundle 1", b"kvcached bundle 3"))
     assert ids(Bundles(directory)) == []
     assert path.exists()
 
