@@ -8,15 +8,15 @@
 Keys lose their rotary positions, each at its own. Sinks and opaque tensors are kept exactly, as in `coded`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float32, Int, Int32, Shaped
 
 from kvcached.block import KVBlock
 from kvcached.codec import compaction, entropy, exact, klt, lossless, planes, quantize, rope
-from kvcached.codec.compactor import Compactor
+from kvcached.codec.compactor import Compactor, HeadPlane
 from kvcached.codec.container import ALL_LAYERS, Coding, Header, Section, SectionKind
 from kvcached.codec.tables import SIDES, PlaneCoder
 from kvcached.errors import CorruptFrameError
@@ -28,6 +28,7 @@ _ROWS = {"keys": SectionKind.KEY_ROWS, "values": SectionKind.VALUE_ROWS}
 _SINKS = {"keys": SectionKind.SINK_KEYS, "values": SectionKind.SINK_VALUES}
 
 Rows = Float32[np.ndarray, "_n_rows _dim"]
+Symbols = Int32[np.ndarray, "n_rows _n_components"]
 Where = Int[np.ndarray, " _n"]
 Mask = Bool[np.ndarray, "n_heads n_tokens"]
 
@@ -43,12 +44,12 @@ def to_sections(block: KVBlock, coder: Compactor, zstd_level: int) -> Iterator[S
     layout = _Layout(_kept(block), coder, block.first_position)
     yield exact.section_of(SectionKind.KEPT, np.packbits(layout.kept, axis=1), zstd_level)
     yield exact.section_of(SectionKind.BIAS, _bias_steps(block, layout), zstd_level)
-    rows = {"keys": plain_keys(block, coder), "values": block.values.astype(np.float32)}
+    symbols = _symbols(plain_rows(block, coder), layout, coder)
     for side in SIDES:
         tensor: Shaped[np.ndarray, ...] = getattr(block, side)
         if layout.sinks.size:
             yield exact.section_of(_SINKS[side], tensor[layout.sinks], zstd_level)
-        payload = _encode(rows[side], layout, coder, side)
+        payload = _encode(symbols[side], layout, coder, side)
         shape = (layout.n_coded, tensor.shape[-1])
         yield Section(_ROWS[side], Coding.TRANSFORM, tensor.dtype, shape, payload)
     yield from exact.opaque_sections(block.opaque, zstd_level)
@@ -66,9 +67,9 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
         raise CorruptFrameError(str(error)) from None
+    rows = _restored({side: _read_symbols(found, layout, coder, side) for side in SIDES}, layout, coder)
     block = KVBlock(
-        keys=_read_rows(found, layout, coder, "keys"),
-        values=_read_rows(found, layout, coder, "values"),
+        **rows,
         positions=(header.first_position + np.nonzero(kept)[1]).astype(np.int32),
         bias=_read_bias(found, layout),
         lengths=kept.sum(axis=1).astype(np.int32).reshape(heads),
@@ -89,14 +90,15 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
 def seen_keys(picked: KVBlock, coder: Compactor) -> Rows:
     """The keys of picked rows as whoever decodes them will have them, in float32. Raises what `to_sections` does."""
     layout = _Layout(_kept(picked), coder, picked.first_position)
-    rows = _decode(_encode(plain_keys(picked, coder), layout, coder, "keys"), layout, coder, "keys")
-    turned = _turned(rows, picked, coder, inverse=False)
+    rows = _restored(_symbols(plain_rows(picked, coder), layout, coder), layout, coder)
+    turned = _turned(rows["keys"], picked, coder, inverse=False)
     return _with_sinks(turned, picked.keys[layout.sinks], layout).astype(np.float32)
 
 
-def plain_keys(block: KVBlock, coder: Compactor) -> Rows:
-    """Keys without rotary positions, in float32."""
-    return _turned(block.keys.astype(np.float32), block, coder, inverse=True)
+def plain_rows(block: KVBlock, coder: Compactor) -> dict[str, Rows]:
+    """Keys without rotary positions, and values, in float32."""
+    keys = _turned(block.keys.astype(np.float32), block, coder, inverse=True)
+    return {"keys": keys, "values": block.values.astype(np.float32)}
 
 
 class _Layout:
@@ -116,8 +118,19 @@ class _Layout:
         self.n_rows, self.n_coded = int(ends[-1]), int(ends[-1]) - n_heads * n_sinks
         self.sinks: Where = (starts[:, None] + np.arange(n_sinks)).reshape(-1)
         self.of_planes = [np.stack([of_heads[head] for head in plane.heads], axis=1) for plane in coder.planes]
+        self.leaders = {plane.leader for plane in coder.planes if plane.leader is not None}
+        self.order = sorted(range(len(coder.planes)), key=lambda i: i not in self.leaders)
+        self._tokens = [np.nonzero(kept[plane.heads[0], n_sinks:])[0] for plane in coder.planes]
         ragged = [rows for rows, of_head in zip(of_heads, kept, strict=True) if not of_head.all()]
         self.biased: Where = np.concatenate([np.zeros(0, np.int64), *ragged])
+
+
+    def predicted(self, i: int, side: str, plane: HeadPlane, leading: Mapping[int, Rows]) -> Rows | float:
+        """What a plane's rows are expected to be, from those of its leader at the same tokens."""
+        if plane.leader is None:
+            return 0.0
+        found: Rows = leading[plane.leader][self._tokens[i]] @ plane.predictors[side]
+        return found
 
 
 def _kept(block: KVBlock) -> Mask:
@@ -172,33 +185,64 @@ def _with_sinks(
     return whole
 
 
-def _encode(rows: Rows, layout: _Layout, coder: Compactor, side: str) -> bytes:
-    symbols, scales = [], []
-    for plane, where in zip(coder.planes, layout.of_planes, strict=True):
-        one: PlaneCoder = getattr(plane, side)
-        with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-            coefficients = klt.project(rows[where].reshape(len(where), one.n_features), one.basis)
-        symbols.append(quantize.quantize(coefficients, one.tables.steps, coder.dead_zone).T.reshape(-1))
-        scales.append(np.repeat(one.tables.scales, len(where)))
-    return entropy.encode(np.concatenate(symbols)[None], np.concatenate(scales))
+def _symbols(rows: Mapping[str, Rows], layout: _Layout, coder: Compactor) -> dict[str, list[Symbols]]:
+    """Symbols of each plane, by side; planes that others are predicted from come first. Inverse: `_restored`."""
+    found: dict[str, list[Symbols]] = {side: [np.zeros((0, 0), np.int32)] * len(coder.planes) for side in SIDES}
+    leading: dict[int, Rows] = {}
+    for i in layout.order:
+        plane, where = coder.planes[i], layout.of_planes[i]
+        for side in SIDES:
+            one: PlaneCoder = getattr(plane, side)
+            of_plane = rows[side][where].reshape(len(where), one.n_features)
+            with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
+                coefficients = klt.project(of_plane - layout.predicted(i, side, plane, leading), one.basis)
+            found[side][i] = quantize.quantize(coefficients, one.tables.steps, coder.dead_zone)
+        if i in layout.leaders:
+            leading[i] = np.concatenate([_reconstruct(found[side][i], getattr(plane, side), coder) for side in SIDES], 1)
+    return found
 
 
-def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side: str) -> Rows:
-    """Inverse of `_encode`; rows of sinks are 0."""
-    coders = [(plane, getattr(plane, side)) for plane in coder.planes]
-    scales = [np.repeat(c.tables.scales, len(where)) for (_, c), where in zip(coders, layout.of_planes, strict=True)]
-    symbols = entropy.decode(payload, 1, np.concatenate(scales))[0]
-    parts = np.split(symbols, np.cumsum([len(part) for part in scales])[:-1])
-    dim = coder.spec.dense_shapes()[side][-1]
-    rows = np.zeros((layout.n_rows, dim), np.float32)
-    for (_, one), where, part in zip(coders, layout.of_planes, parts, strict=True):
-        of_plane = part.reshape(len(one.tables.steps), len(where)).T
-        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-            restored = klt.reconstruct(quantize.dequantize(of_plane, one.tables.steps, coder.centroid), one.basis)
-        rows[where.reshape(-1)] = restored.reshape(-1, dim)
-    if rows.size and not max(rows.max(), -rows.min()) < _MAX_MAGNITUDE:  # catches NaN too
-        raise CorruptFrameError("rows decode to numbers that no model has")
+def _restored(symbols: Mapping[str, Sequence[Symbols]], layout: _Layout, coder: Compactor) -> dict[str, Rows]:
+    """Rows of all heads, by side; those of sinks are 0."""
+    dims = {side: coder.spec.dense_shapes()[side][-1] for side in SIDES}
+    rows = {side: np.zeros((layout.n_rows, dims[side]), np.float32) for side in SIDES}
+    leading: dict[int, Rows] = {}
+    for i in layout.order:
+        plane, where = coder.planes[i], layout.of_planes[i]
+        restored = {side: _reconstruct(symbols[side][i], getattr(plane, side), coder) for side in SIDES}
+        if i in layout.leaders:
+            leading[i] = np.concatenate([restored[side] for side in SIDES], axis=1)
+        for side in SIDES:
+            whole = restored[side] + layout.predicted(i, side, plane, leading)
+            rows[side][where.reshape(-1)] = whole.reshape(-1, dims[side])
+    for of_side in rows.values():
+        if of_side.size and not max(of_side.max(), -of_side.min()) < _MAX_MAGNITUDE:  # catches NaN too
+            raise CorruptFrameError("rows decode to numbers that no model has")
     return rows
+
+
+def _reconstruct(symbols: Symbols, one: PlaneCoder, coder: Compactor) -> Rows:
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at by the caller
+        return klt.reconstruct(quantize.dequantize(symbols, one.tables.steps, coder.centroid), one.basis)
+
+
+def _scales(layout: _Layout, coder: Compactor, side: str) -> list[np.ndarray]:
+    """The scale index of each symbol of each plane, component by component."""
+    tables = (getattr(plane, side).tables for plane in coder.planes)
+    return [np.repeat(one.scales, len(where)) for one, where in zip(tables, layout.of_planes, strict=True)]
+
+
+def _encode(symbols: Sequence[Symbols], layout: _Layout, coder: Compactor, side: str) -> bytes:
+    """One stream of all planes. Inverse: `_decode`."""
+    flat = np.concatenate([plane.T.reshape(-1) for plane in symbols])
+    return entropy.encode(flat[None], np.concatenate(_scales(layout, coder, side)))
+
+
+def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
+    scales = _scales(layout, coder, side)
+    flat = entropy.decode(payload, 1, np.concatenate(scales))[0]
+    parts = np.split(flat, np.cumsum([len(part) for part in scales])[:-1])
+    return [part.reshape(-1, len(where)).T for part, where in zip(parts, layout.of_planes, strict=True)]
 
 
 def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> Rows:
@@ -211,7 +255,7 @@ def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> R
     return turned
 
 
-def _read_rows(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> Rows:
+def _read_symbols(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
     shape = (layout.n_coded, coder.spec.dense_shapes()[side][-1])
     payload = found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype]).payload
     return _decode(payload, layout, coder, side)

@@ -12,7 +12,7 @@ budgets of the other heads vary. A ratio takes the anchor above it, whose whole 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,17 @@ _MAX_FRACTIONS, _MAX_QUERIES = 64, 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadPlane:
-    """What codes the rows of one head, or of several that keep every token: heads are counted over all layers."""
+    """What codes the rows of one head, or of several that keep every token: heads are counted over all layers.
+
+    leader: the plane, of heads that keep every token, from whose rows at the same tokens, keys beside values, this
+    one's are predicted; what is coded is what the prediction misses. None: nothing is predicted.
+    """
 
     heads: tuple[int, ...]
     keys: PlaneCoder
     values: PlaneCoder
+    leader: int | None = None
+    predictors: Mapping[str, Float32[np.ndarray, "_n_leading _n_features"]] = field(default_factory=dict)  # by side
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +85,12 @@ class Anchor:
     values: tuple[Basis, ...]
     profiles: Mapping[str, Profile]
     bounds: Mapping[str, float]
+    leaders: Mapping[int, int] = field(default_factory=dict)  # planes, and those that they are predicted from
+    predictors: Mapping[tuple[str, int], Float32[np.ndarray, "_n_leading _n_features"]] = field(default_factory=dict)
+
+    def of_plane(self, plane: int) -> dict[str, Float32[np.ndarray, "_n_leading _n_features"]]:
+        """The predictors of a plane, by side."""
+        return {side: self.predictors[side, plane] for side in SIDES if (side, plane) in self.predictors}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +114,10 @@ class Compaction:
             spec=spec,
             fidelity=fidelity,
             budgets=solve_budgets(self.curves, self.fractions, spec.block_size, fidelity.am_ratio, whole),
-            planes=tuple(HeadPlane(heads, plane_coder(k, kt), plane_coder(v, vt)) for heads, k, v, kt, vt in sides),
+            planes=tuple(
+                HeadPlane(heads, plane_coder(k, kt), plane_coder(v, vt), anchor.leaders.get(i), anchor.of_plane(i))
+                for i, (heads, k, v, kt, vt) in enumerate(sides)
+            ),
             dead_zone=profile.dead_zone,
             centroid=profile.centroid,
             queries=self.queries,
