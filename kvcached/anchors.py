@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from kvcached import codec, steps
+from kvcached import codec, prediction, steps
 from kvcached.block import Fidelity, FidelityKind, KVBlock, ModelSpec
 from kvcached.codec import attention, compacted, compaction, klt, planes
 from kvcached.codec.compaction import BlockQueries, Budgets
 from kvcached.codec.compactor import ANCHORS, Anchor, Compaction, Compactor, HeadPlane, solve_budgets
+from kvcached.prediction import PlaneSample
 from kvcached.codec.tables import SIDES, PlaneCoder, Profile, Tables, storable
 from kvcached_client.tensors import DTYPES
 
@@ -69,12 +70,16 @@ def _anchor(outline: Compaction, fitting: Fitting, ratio: int, targets: Mapping[
     budgets = solve_budgets(outline.curves, outline.fractions, spec.block_size, float(ratio), together)
     bases = {side: tuple(_basis(plane, fitting, side) for plane in heads) for side in SIDES}
     coder = _draft(outline, spec, budgets, heads, bases)
-    samples = _samples(coder, fitting)
+    planes = _samples(coder, fitting)
+    bits = {name: _bits_per_value(float(target * ratio), budgets, spec) for name, target in targets.items()}
+    plain = [one.coefficients(basis) for side in SIDES for one, basis in zip(planes[side], bases[side], strict=True)]
+    coarse = _choose(plain, min(bits.values()))
+    led = prediction.fit(planes, bases, coarse, _leaders(heads, fitting), spec.block_size)
     profiles = {
-        name: _profile(samples, target, _bits_per_value(float(target * ratio), budgets, spec), len(heads))
-        for name, target in targets.items()
+        name: _profile(_choose(led.samples, bits[name]), target, len(heads)) for name, target in targets.items()
     }
-    return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(targets, float("inf")))
+    bounds = dict.fromkeys(targets, float("inf"))
+    return Anchor(heads, led.bases["keys"], led.bases["values"], profiles, bounds, led.leaders, led.predictors)
 
 
 def _planes(budgets: Budgets, fitting: Fitting) -> tuple[tuple[int, ...], ...]:
@@ -130,28 +135,42 @@ def _draft(
     )
 
 
-def _samples(coder: Compactor, fitting: Fitting) -> list[steps.Sample]:
-    """Coefficients of the rows that compaction leaves of the blocks: planes of keys, then planes of values."""
-    rows: dict[str, list[list[np.ndarray]]] = {side: [[] for _ in coder.planes] for side in SIDES}
+def _samples(coder: Compactor, fitting: Fitting) -> dict[str, list[PlaneSample]]:
+    """Rows of the blocks, of all tokens and of those that compaction leaves, plane by plane."""
+    kept: dict[str, list[list[np.ndarray]]] = {side: [[] for _ in coder.planes] for side in SIDES}
+    every: dict[str, list[list[np.ndarray]]] = {side: [[] for _ in coder.planes] for side in SIDES}
+    tokens: list[list[np.ndarray]] = [[] for _ in coder.planes]
     read = np.zeros((2, coder.budgets.size))
-    for block in fitting.blocks:
+    for n, block in enumerate(fitting.blocks):
         queries = codec.reservoir(block, coder)
         small = compaction.compact(block, coder.spec, coder.budgets, queries)
         read += _read(block, small, coder, queries)
-        plain = {"keys": compacted.plain_keys(small, coder), "values": small.values.astype(np.float32)}
-        of_heads = list(compaction.rows_of_heads(small))
-        for side in SIDES:
-            for plane, found in zip(coder.planes, rows[side], strict=True):
-                found.append(np.concatenate([plain[side][of_heads[head]] for head in plane.heads], axis=1))
-    samples = []
+        for one, found in ((block, every), (small, kept)):
+            plain, of_heads = compacted.plain_rows(one, coder), list(compaction.rows_of_heads(one))
+            for side in SIDES:
+                for plane, rows in zip(coder.planes, found[side], strict=True):
+                    rows.append(np.concatenate([plain[side][of_heads[head]] for head in plane.heads], axis=1))
+        for plane, found_tokens, of_head in zip(coder.planes, tokens, [0] * len(coder.planes), strict=True):
+            rows_of = list(compaction.rows_of_heads(small))[plane.heads[0]]
+            found_tokens.append(small.positions[rows_of] - block.first_position + n * block.n_source_tokens)
+    samples: dict[str, list[PlaneSample]] = {side: [] for side in SIDES}
     for side in SIDES:
-        for plane, found in zip(coder.planes, rows[side], strict=True):
-            group, _ = _features(plane.heads, fitting, side)
+        for i, plane in enumerate(coder.planes):
+            group, features = _features(plane.heads, fitting, side)
             heads = list(plane.heads)
             weight = fitting.sides[side].scales[group] * float(read[1][heads].sum() / read[0][heads].sum())
-            basis = getattr(plane, side).basis
-            samples.append(steps.Sample(klt.project(np.concatenate(found), basis), weight))
+            metric = fitting.sides[side].metrics[group][np.ix_(features, features)]
+            rows = (np.concatenate(each[side][i]) for each in (every, kept))
+            samples[side].append(PlaneSample(*rows, np.concatenate(tokens[i]).astype(np.int64), metric, weight))
     return samples
+
+
+def _leaders(heads: Sequence[tuple[int, ...]], fitting: Fitting) -> dict[int, int]:
+    """For each plane of one head that of heads which keep all tokens in its group of layers, if there is one."""
+    per_group = fitting.layers_per_group * fitting.spec.dense_shapes()["keys"][1]
+    whole = {plane[0] // per_group: i for i, plane in enumerate(heads) if len(plane) > 1}
+    groups = ((i, plane[0] // per_group) for i, plane in enumerate(heads) if len(plane) == 1)
+    return {i: whole[group] for i, group in groups if group in whole}
 
 
 def _read(block: KVBlock, small: KVBlock, coder: Compactor, queries: BlockQueries) -> Float32[np.ndarray, "2 n_heads"]:
@@ -174,11 +193,14 @@ def _bits_per_value(compression: float, budgets: Budgets, spec: ModelSpec) -> fl
     return (source_bits / compression - aside) / (int(budgets.sum()) * dims)
 
 
-def _profile(samples: Sequence[steps.Sample], target: float, budget: float, n_planes: int) -> Profile:
+def _choose(samples: Sequence[steps.Sample], budget: float) -> steps.Choice:
     try:
-        choice = steps.choose(samples, budget, None)
+        return steps.choose(samples, budget, None)
     except ValueError as error:
         raise NoCompactionError(str(error)) from None
+
+
+def _profile(choice: steps.Choice, target: float, n_planes: int) -> Profile:
     tables = [Tables(*each) for each in zip(choice.steps, choice.scales, strict=True)]
     return Profile(target, steps.DEAD_ZONE, steps.CENTROID, tuple(tables[:n_planes]), tuple(tables[n_planes:]))
 

@@ -118,6 +118,7 @@ class _Layout:
         self.n_rows, self.n_coded = int(ends[-1]), int(ends[-1]) - n_heads * n_sinks
         self.sinks: Where = (starts[:, None] + np.arange(n_sinks)).reshape(-1)
         self.of_planes = [np.stack([of_heads[head] for head in plane.heads], axis=1) for plane in coder.planes]
+        self._planes = coder.planes
         self.leaders = {plane.leader for plane in coder.planes if plane.leader is not None}
         self.order = sorted(range(len(coder.planes)), key=lambda i: i not in self.leaders)
         self._tokens = [np.nonzero(kept[plane.heads[0], n_sinks:])[0] for plane in coder.planes]
@@ -125,11 +126,16 @@ class _Layout:
         self.biased: Where = np.concatenate([np.zeros(0, np.int64), *ragged])
 
 
-    def predicted(self, i: int, side: str, plane: HeadPlane, leading: Mapping[int, Rows]) -> Rows | float:
-        """What a plane's rows are expected to be, from those of its leader at the same tokens."""
-        if plane.leader is None:
-            return 0.0
-        found: Rows = leading[plane.leader][self._tokens[i]] @ plane.predictors[side]
+    def expected(
+        self, i: int, side: str, leading: Mapping[int, Rows], restored: Mapping[str, Rows]
+    ) -> Rows | np.float32:
+        """What a plane's rows are expected to be: from those of its leader at the same tokens, values from keys too."""
+        plane = self._planes[i]
+        if side not in plane.predictors:
+            return np.float32(0)
+        known = [] if plane.leader is None else [leading[plane.leader][self._tokens[i]]]
+        known += [restored["keys"]] if side == "values" else []
+        found: Rows = np.concatenate(known, axis=1) @ plane.predictors[side]
         return found
 
 
@@ -190,15 +196,17 @@ def _symbols(rows: Mapping[str, Rows], layout: _Layout, coder: Compactor) -> dic
     found: dict[str, list[Symbols]] = {side: [np.zeros((0, 0), np.int32)] * len(coder.planes) for side in SIDES}
     leading: dict[int, Rows] = {}
     for i in layout.order:
-        plane, where = coder.planes[i], layout.of_planes[i]
+        plane, where, restored = coder.planes[i], layout.of_planes[i], {}
         for side in SIDES:
             one: PlaneCoder = getattr(plane, side)
             of_plane = rows[side][where].reshape(len(where), one.n_features)
+            expected = layout.expected(i, side, leading, restored)
             with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-                coefficients = klt.project(of_plane - layout.predicted(i, side, plane, leading), one.basis)
+                coefficients = klt.project(of_plane - expected, one.basis)
             found[side][i] = quantize.quantize(coefficients, one.tables.steps, coder.dead_zone)
+            restored[side] = _reconstruct(found[side][i], one, coder) + expected
         if i in layout.leaders:
-            leading[i] = np.concatenate([_reconstruct(found[side][i], getattr(plane, side), coder) for side in SIDES], 1)
+            leading[i] = np.concatenate([restored[side] for side in SIDES], axis=1)
     return found
 
 
@@ -208,13 +216,13 @@ def _restored(symbols: Mapping[str, Sequence[Symbols]], layout: _Layout, coder: 
     rows = {side: np.zeros((layout.n_rows, dims[side]), np.float32) for side in SIDES}
     leading: dict[int, Rows] = {}
     for i in layout.order:
-        plane, where = coder.planes[i], layout.of_planes[i]
-        restored = {side: _reconstruct(symbols[side][i], getattr(plane, side), coder) for side in SIDES}
+        plane, where, restored = coder.planes[i], layout.of_planes[i], {}
+        for side in SIDES:
+            expected = layout.expected(i, side, leading, restored)
+            restored[side] = _reconstruct(symbols[side][i], getattr(plane, side), coder) + expected
+            rows[side][where.reshape(-1)] = restored[side].reshape(-1, dims[side])
         if i in layout.leaders:
             leading[i] = np.concatenate([restored[side] for side in SIDES], axis=1)
-        for side in SIDES:
-            whole = restored[side] + layout.predicted(i, side, plane, leading)
-            rows[side][where.reshape(-1)] = whole.reshape(-1, dims[side])
     for of_side in rows.values():
         if of_side.size and not max(of_side.max(), -of_side.min()) < _MAX_MAGNITUDE:  # catches NaN too
             raise CorruptFrameError("rows decode to numbers that no model has")
@@ -242,7 +250,8 @@ def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side
     scales = _scales(layout, coder, side)
     flat = entropy.decode(payload, 1, np.concatenate(scales))[0]
     parts = np.split(flat, np.cumsum([len(part) for part in scales])[:-1])
-    return [part.reshape(-1, len(where)).T for part, where in zip(parts, layout.of_planes, strict=True)]
+    ranks = [len(getattr(plane, side).tables.steps) for plane in coder.planes]
+    return [p.reshape(rank, len(rows)).T for p, rank, rows in zip(parts, ranks, layout.of_planes, strict=True)]
 
 
 def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> Rows:
