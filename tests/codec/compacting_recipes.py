@@ -15,7 +15,7 @@ from kvcached.codec.compactor import Anchor, Compactor
 from kvcached.codec.tables import SIDES, Profile
 from kvcached_client.spec import DENSE_DTYPES
 
-CODINGS = {"x8": Coding(0.1, 0.2, 0.45, 0.02), "x16": Coding(0.5, 0.5, 0.4, 0.05)}
+CODINGS: Mapping[str, Coding] = {"x8": Coding(0.1, 0.2, 0.45, 0.02), "x16": Coding(0.5, 0.5, 0.4, 0.05)}
 
 
 def compacting_model(
@@ -53,7 +53,9 @@ class CompactingRecipe:
         made, rng = make_compaction(self.spec, self.seed, whole=self.steep), np.random.default_rng(self.seed)
         anchors = {ratio: self._anchor(rng, heads) for ratio, heads in self.together.items()}
         plain = Recipe(self.spec, 1, self.seed, {"x8": Coding()}, 0.2).bundle()
-        return replace(plain, compaction=replace(made, anchors=anchors))
+        # Twice the loss for half the tokens: so heads get unequally many, and few all or the least.
+        curves = made.curves[..., :1] * (1 / made.fractions - 1)
+        return replace(plain, compaction=replace(made, curves=curves, anchors=anchors))
 
     def _anchor(self, rng: np.random.Generator, together: Sequence[int]) -> Anchor:
         n_layers, n_kv_heads = self.spec.dense_shapes()["keys"][:2]
@@ -68,7 +70,7 @@ class CompactingRecipe:
         return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(profiles, 1e6))
 
 
-def compacted(compactor: Compactor, text: Text) -> KVBlock:
+def compact_text(compactor: Compactor, text: Text) -> KVBlock:
     """A piece of a text, compacted; one shorter than a block keeps all its tokens."""
     block = text.block()
     return codec.compact(block, compactor).block if text.n_tokens == compactor.spec.block_size else block
@@ -111,4 +113,3 @@ def compactings(draw: st.DrawFn) -> Compacting:
     first_position = draw(st.sampled_from([0, 1, 3, 4, 1 << 20, 1 << 30]))
     text = Text(spec, n_tokens, first_position, seed, opaque=draw(st.booleans()))
     return Compacting(recipe, draw(st.sampled_from(["x8", "x16"])), ratio, text)
-

@@ -75,7 +75,7 @@ def _anchor(found: Fields, bundle: Fields) -> str:
     if found["bundle_id"] != bundle["id"] or "compaction" not in bundle:
         raise Unsupported("another bundle, or one that says nothing of compaction")
     anchors, ratio = bundle["compaction"]["anchors"], found["am_ratio"]
-    fit = [a for a in ANCHORS if a in anchors and MIN_RATIO <= ratio and ratio - SLACK <= int(a)]
+    fit = [a for a in ANCHORS if a in anchors and ratio >= MIN_RATIO and ratio - SLACK <= int(a)]
     if not fit or found["profile"] not in anchors[fit[0]]["profiles"]:
         raise Unsupported("a ratio without an anchor, or another profile")
     return fit[0]
