@@ -61,7 +61,7 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         got = (header.n_layers, header.n_kv_heads, n_tokens)
         raise CorruptFrameError(f"(layers, KV heads) {heads} of some tokens expected, got {got}")
     found = _Sections(sections)
-    kept = _read_kept(found, heads[0] * heads[1], n_tokens)
+    kept = _read_kept(found, heads[0] * heads[1], header)
     try:
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
@@ -127,12 +127,16 @@ def _kept(block: KVBlock) -> Mask:
     return kept
 
 
-def _read_kept(found: "_Sections", n_heads: int, n_tokens: int) -> Mask:
-    shape = (n_heads, -(-n_tokens // 8))
-    bits = np.unpackbits(found.exact(SectionKind.KEPT, shape, np.dtype(np.uint8)), axis=1)
+def _read_kept(found: "_Sections", n_heads: int, header: Header) -> Mask:
+    n_tokens = header.n_source_tokens
+    packed = found.exact(SectionKind.KEPT, (n_heads, -(-n_tokens // 8)), np.dtype(np.uint8))
+    # A bit costs nothing in a frame. Before anything is made for each row there must be as many rows.
+    n_coded = int(np.bitwise_count(packed).sum()) - n_heads * planes.n_sinks(header.first_position, n_tokens)
+    found.check_rows(n_coded)
+    bits = np.unpackbits(packed, axis=1)
     if bits[:, n_tokens:].any():
         raise CorruptFrameError(f"KEPT names tokens beyond the {n_tokens} of the block")
-    kept: Mask = bits[:, :n_tokens].astype(bool)
+    kept: Mask = bits[:, :n_tokens].view(bool)
     return kept
 
 
@@ -227,6 +231,11 @@ class _Sections:
                 if section.kind in self._left:
                     raise CorruptFrameError(f"one section of {section.kind.name} expected, got more")
                 self._left[section.kind] = section
+
+    def check_rows(self, n_coded: int) -> None:
+        for kind in _ROWS.values():
+            if (section := self._left.get(kind)) and section.shape[:1] != (n_coded,):
+                raise CorruptFrameError(f"KEPT says {n_coded} rows without sinks, {kind.name} is {section.shape}")
 
     def take(self, kind: SectionKind, coding: Coding, shape: tuple[int, ...], dtype: np.dtype) -> Section:
         section = self._left.pop(kind, None)
