@@ -61,7 +61,7 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         got = (header.n_layers, header.n_kv_heads, n_tokens)
         raise CorruptFrameError(f"(layers, KV heads) {heads} of some tokens expected, got {got}")
     found = _Sections(sections)
-    kept = _read_kept(found, heads[0] * heads[1], n_tokens)
+    kept = _read_kept(found, coder, heads[0] * heads[1], n_tokens, header.first_position)
     try:
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
@@ -127,9 +127,13 @@ def _kept(block: KVBlock) -> Mask:
     return kept
 
 
-def _read_kept(found: "_Sections", n_heads: int, n_tokens: int) -> Mask:
-    shape = (n_heads, -(-n_tokens // 8))
-    bits = np.unpackbits(found.exact(SectionKind.KEPT, shape, np.dtype(np.uint8)), axis=1)
+def _read_kept(found: "_Sections", coder: Compactor, n_heads: int, n_tokens: int, first_position: int) -> Mask:
+    """Raises CorruptFrameError for more bits than rows, before much is made of them: each stands for a whole row."""
+    packed = found.exact(SectionKind.KEPT, (n_heads, -(-n_tokens // 8)), np.dtype(np.uint8))
+    n_coded = int(np.bitwise_count(packed).sum()) - n_heads * planes.n_sinks(first_position, n_tokens)
+    if n_coded > found.n_rows(_ROWS["keys"]):
+        _take_rows(found, n_coded, coder, "keys")
+    bits = np.unpackbits(packed, axis=1)
     if bits[:, n_tokens:].any():
         raise CorruptFrameError(f"KEPT names tokens beyond the {n_tokens} of the block")
     kept: Mask = bits[:, :n_tokens].astype(bool)
@@ -212,9 +216,12 @@ def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> R
 
 
 def _read_rows(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> Rows:
-    shape = (layout.n_coded, coder.spec.dense_shapes()[side][-1])
-    payload = found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype]).payload
-    return _decode(payload, layout, coder, side)
+    return _decode(_take_rows(found, layout.n_coded, coder, side).payload, layout, coder, side)
+
+
+def _take_rows(found: "_Sections", n_coded: int, coder: Compactor, side: str) -> Section:
+    shape = (n_coded, coder.spec.dense_shapes()[side][-1])
+    return found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype])
 
 
 class _Sections:
@@ -235,6 +242,11 @@ class _Sections:
             raise CorruptFrameError(f"{kind.name} of {dtype.name} {shape} and all layers expected, got {got}")
         exact.check_coding(section, coding)
         return section
+
+    def n_rows(self, kind: SectionKind) -> int:
+        """What a section says; it is not taken."""
+        section = self._left.get(kind)
+        return section.shape[0] if section and section.shape else 0
 
     def exact(self, kind: SectionKind, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
         return lossless.decode(self.take(kind, Coding.LOSSLESS, shape, dtype).payload, dtype, shape)
