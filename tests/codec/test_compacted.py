@@ -235,7 +235,7 @@ def shortened(sections: list[Section]) -> Sequence[Section]:
         (lambda s: [*s, s[0]], "one section of KEPT expected, got more"),
         (with_tensor(SectionKind.KEPT, _moved(0, 9)), "where it is coded beside others all tokens"),
         (with_tensor(SectionKind.KEPT, _moved(3, 0)), "a head keeps one token at least, sinks"),
-        (with_tensor(SectionKind.KEPT, _set((3, slice(None)), 255)), "KEPT says .* rows without sinks, KEY_ROWS is"),
+        (with_tensor(SectionKind.KEPT, _set((3, slice(None)), 255)), "KEY_ROWS of .* rows, as KEPT says, expected"),
         (with_tensor(SectionKind.KEPT, lambda a: a[:, :-1]), "KEPT of uint8"),
         (with_tensor(SectionKind.BIAS, _set((0,), 49)), "a bias of more than 48 steps"),
         (with_tensor(SectionKind.BIAS, _set((0,), -128)), "a bias of more than 48 steps"),
