@@ -8,12 +8,14 @@ detail that coding takes away; planes for which it does not help on blocks that 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from kvcached import steps
 from kvcached.codec import klt, quantize
+from kvcached.codec.compactor import Predictor
 from kvcached.codec.klt import Basis
 from kvcached.codec.tables import SIDES, storable
 
@@ -21,7 +23,6 @@ RIDGES = (0.001, 0.01, 0.1, 1.0)  # of the mean diagonal
 _WORTH = 0.9  # of the error without prediction: with more left than that a plane goes without
 
 Rows = Float32[np.ndarray, "_n_rows _n_features"]
-Predictor = Float32[np.ndarray, "_n_leading _n_features"]
 Metric = Float64[np.ndarray, "_n_features _n_features"]
 
 
@@ -29,92 +30,90 @@ Metric = Float64[np.ndarray, "_n_features _n_features"]
 class PlaneSample:
     """Rows of a plane in a few blocks. every: of all their tokens, block after block; kept: those that compaction left.
 
-    tokens: which of `every` the kept ones are. weight: what a squared error weighs against those of other planes.
+    tokens: which of `every` the kept ones are. basis: of all rows. weight: what a squared error weighs against those of
+    other planes.
     """
 
     every: Rows
     kept: Rows
     tokens: Int64[np.ndarray, " n_kept"]
+    basis: Basis
     metric: Metric
     weight: float
 
-    def coefficients(self, basis: Basis, expected: Rows | float = 0.0) -> steps.Sample:
-        return steps.Sample(klt.project(self.kept - expected, basis), self.weight)
+    @property
+    def sample(self) -> steps.Sample:
+        """What there is to code without prediction."""
+        return steps.Sample(klt.project(self.kept, self.basis), self.weight)
+
+    def decoded(self, of_steps: Float32[np.ndarray, " n"]) -> Rows:
+        """All rows as they are decoded without prediction."""
+        symbols = quantize.quantize(klt.project(self.every, self.basis), of_steps, steps.DEAD_ZONE)
+        return klt.reconstruct(quantize.dequantize(symbols, of_steps, steps.CENTROID), self.basis)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Led:
-    """What predicts what, with the bases and the sample of what is left to code. By side, plane by plane."""
+class Predicted:
+    """A plane with its predictor, None if it goes without; the basis and the sample of what is left to code."""
 
-    leaders: Mapping[int, int]
-    predictors: Mapping[tuple[str, int], Predictor]
-    bases: Mapping[str, tuple[Basis, ...]]
-    samples: Sequence[steps.Sample]  # keys, then values
+    predictor: Predictor | None
+    basis: Basis
+    sample: steps.Sample
 
 
 def fit(
     planes: Mapping[str, Sequence[PlaneSample]],
-    bases: Mapping[str, Sequence[Basis]],
     coarse: steps.Choice,
-    leaders: Mapping[int, int],
+    leaders: Sequence[int | None],
     n_tokens: int,
-) -> Led:
-    """Predictors for those planes that have a leader, where they help.
+) -> dict[tuple[str, int], Predicted]:
+    """Every plane of each side, predicted where that helps; values from the plane's own keys, too.
 
-    coarse: steps without prediction, to decode leaders with. n_tokens: of a block.
+    coarse: steps of the planes, keys then values, that rows are decoded with. n_tokens: of a block.
     """
-    n_planes = len(planes["keys"])
-    choice = {"keys": coarse.steps[:n_planes], "values": coarse.steps[n_planes:]}
-    decoded = {
-        side: [_decoded(one.every, *how) for one, *how in zip(planes[side], bases[side], choice[side], strict=True)]
-        for side in SIDES
-    }
-    second = np.arange(len(planes["keys"][0].every)) // n_tokens % 2 == 1
-    predictors: dict[tuple[str, int], Predictor] = {}
-    of_rest: dict[str, list[Basis]] = {side: list(bases[side]) for side in SIDES}
-    samples = []
-    for side in SIDES:
-        for i, sample in enumerate(planes[side]):
-            known = [decoded[s][leaders[i]] for s in SIDES if i in leaders]
-            known += [decoded["keys"][i]] if side == "values" else []
-            expected: Rows | float = 0.0
-            if known:
-                leading = np.concatenate(known, axis=1)
-                found = _predictor(leading, sample, second)
-                if found is not None:
-                    predictors[side, i] = found
-                    of_all = leading @ found
-                    moments = klt.Moments.of(sample.every - of_all)
-                    of_rest[side][i] = storable(klt.fit(moments, moments.outer.shape[0], sample.metric))
-                    expected = of_all[sample.tokens]
-            samples.append(sample.coefficients(of_rest[side][i], expected))
-    return Led(leaders, predictors, {side: tuple(each) for side, each in of_rest.items()}, samples)
-
-
-def _decoded(rows: Rows, basis: Basis, of_steps: Float32[np.ndarray, " n"]) -> Rows:
-    symbols = quantize.quantize(klt.project(rows, basis), of_steps, steps.DEAD_ZONE)
-    found: Rows = klt.reconstruct(quantize.dequantize(symbols, of_steps, steps.CENTROID), basis)
+    places = list(product(SIDES, range(len(leaders))))
+    decoded = {(side, i): planes[side][i].decoded(s) for (side, i), s in zip(places, coarse.steps, strict=True)}
+    found = {}
+    for side, i in places:
+        leader = leaders[i]
+        known = [] if leader is None else [decoded[s, leader] for s in SIDES]
+        known += [decoded["keys", i]] if side == "values" else []
+        found[side, i] = _predicted(planes[side][i], known, n_tokens)
     return found
 
 
-def _predictor(leading: Rows, sample: PlaneSample, second: np.ndarray) -> Predictor | None:
+def _predicted(plane: PlaneSample, known: Sequence[Rows], n_tokens: int) -> Predicted:
+    predictor = _predictor(np.concatenate(known, axis=1), plane, n_tokens) if known else None
+    if predictor is None:
+        return Predicted(None, plane.basis, plane.sample)
+    expected = np.concatenate(known, axis=1) @ predictor
+    moments = klt.Moments.of(plane.every - expected)
+    basis = storable(klt.fit(moments, moments.outer.shape[0], plane.metric))
+    left = klt.project(plane.kept - expected[plane.tokens], basis)
+    return Predicted(predictor, basis, steps.Sample(left, plane.weight))
+
+
+def _predictor(known: Rows, plane: PlaneSample, n_tokens: int) -> Predictor | None:
     """The map with the ridge that is best on every second block, fitted to the others; None if none is worth it."""
+    second: Bool[np.ndarray, " n"] = np.arange(len(known)) // n_tokens % 2 == 1
     left = {}
     for ridge in RIDGES:
-        missed = sample.every[second] - leading[second] @ _ridge(leading[~second], sample.every[~second], ridge)
-        left[ridge] = _weighted_variance(missed, sample.metric)
+        predictor = _ridge(known[~second], plane.every[~second], ridge)
+        left[ridge] = _weighted_variance(plane.every[second] - known[second] @ predictor, plane.metric)
     best = min(left, key=lambda ridge: left[ridge])
-    if left[best] > _WORTH * _weighted_variance(sample.every[second], sample.metric):
+    if not left[best] <= _WORTH * _weighted_variance(plane.every[second], plane.metric):
         return None
-    return _ridge(leading, sample.every, best).astype(np.float16).astype(np.float32)
+    return _ridge(known, plane.every, best)
 
 
-def _ridge(leading: Rows, rows: Rows, ridge: float) -> Predictor:
-    x, y = (each.astype(np.float64) - each.mean(axis=0, dtype=np.float64) for each in (leading, rows))
+def _ridge(known: Rows, rows: Rows, ridge: float) -> Predictor:
+    """As bundles hold it, in float16."""
+    x, y = (each - each.mean(axis=0) for each in (known.astype(np.float64), rows.astype(np.float64)))
     gram = x.T @ x
-    pull = ridge * max(float(np.trace(gram)) / len(gram), 1e-300)
-    found: Predictor = np.linalg.solve(gram + pull * np.eye(len(gram)), x.T @ y).astype(np.float32)
-    return found
+    pull = ridge * max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    found = np.linalg.solve(gram + pull * np.eye(len(gram)), x.T @ y)
+    halves: Predictor = found.astype(np.float16).astype(np.float32)
+    return halves
 
 
 def _weighted_variance(rows: Rows, metric: Metric) -> float:

@@ -8,15 +8,15 @@
 Keys lose their rotary positions, each at its own. Sinks and opaque tensors are kept exactly, as in `coded`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, Shaped
+from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from kvcached.block import KVBlock
 from kvcached.codec import compaction, entropy, exact, klt, lossless, planes, quantize, rope
-from kvcached.codec.compactor import Compactor, HeadPlane
+from kvcached.codec.compactor import Compactor
 from kvcached.codec.container import ALL_LAYERS, Coding, Header, Section, SectionKind
 from kvcached.codec.tables import SIDES, PlaneCoder
 from kvcached.errors import CorruptFrameError
@@ -28,7 +28,7 @@ _ROWS = {"keys": SectionKind.KEY_ROWS, "values": SectionKind.VALUE_ROWS}
 _SINKS = {"keys": SectionKind.SINK_KEYS, "values": SectionKind.SINK_VALUES}
 
 Rows = Float32[np.ndarray, "_n_rows _dim"]
-Symbols = Int32[np.ndarray, "n_rows _n_components"]
+Symbols = Int32[np.ndarray, "_n_rows _n_components"]
 Where = Int[np.ndarray, " _n"]
 Mask = Bool[np.ndarray, "n_heads n_tokens"]
 
@@ -44,7 +44,7 @@ def to_sections(block: KVBlock, coder: Compactor, zstd_level: int) -> Iterator[S
     layout = _Layout(_kept(block), coder, block.first_position)
     yield exact.section_of(SectionKind.KEPT, np.packbits(layout.kept, axis=1), zstd_level)
     yield exact.section_of(SectionKind.BIAS, _bias_steps(block, layout), zstd_level)
-    symbols = _symbols(plain_rows(block, coder), layout, coder)
+    symbols, _ = _coded(block, layout, coder)
     for side in SIDES:
         tensor: Shaped[np.ndarray, ...] = getattr(block, side)
         if layout.sinks.size:
@@ -62,12 +62,13 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         got = (header.n_layers, header.n_kv_heads, n_tokens)
         raise CorruptFrameError(f"(layers, KV heads) {heads} of some tokens expected, got {got}")
     found = _Sections(sections)
-    kept = _read_kept(found, heads[0] * heads[1], n_tokens)
+    kept = _read_kept(found, heads[0] * heads[1], header)
     try:
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
         raise CorruptFrameError(str(error)) from None
-    rows = _restored({side: _read_symbols(found, layout, coder, side) for side in SIDES}, layout, coder)
+    symbols = {side: _read_symbols(found, layout, coder, side) for side in SIDES}
+    rows = _restored(lambda i, side, _: symbols[side][i], layout, coder)
     block = KVBlock(
         **rows,
         positions=(header.first_position + np.nonzero(kept)[1]).astype(np.int32),
@@ -89,10 +90,20 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
 
 def seen_keys(picked: KVBlock, coder: Compactor) -> Rows:
     """The keys of picked rows as whoever decodes them will have them, in float32. Raises what `to_sections` does."""
-    layout = _Layout(_kept(picked), coder, picked.first_position)
-    rows = _restored(_symbols(plain_rows(picked, coder), layout, coder), layout, coder)
-    turned = _turned(rows["keys"], picked, coder, inverse=False)
-    return _with_sinks(turned, picked.keys[layout.sinks], layout).astype(np.float32)
+    return seen(picked, coder).keys
+
+
+def seen(small: KVBlock, coder: Compactor) -> KVBlock:
+    """A compacted block as whoever decodes it will have it, keys in float32. Raises what `to_sections` does."""
+    layout = _Layout(_kept(small), coder, small.first_position)
+    _, rows = _coded(small, layout, coder)
+    block = replace(small, keys=rows["keys"], values=rows["values"])
+    keys = _turned(block.keys, block, coder, inverse=False)
+    return replace(
+        block,
+        keys=_with_sinks(keys, small.keys[layout.sinks], layout).astype(np.float32),
+        values=_with_sinks(block.values, small.values[layout.sinks], layout),
+    )
 
 
 def plain_rows(block: KVBlock, coder: Compactor) -> dict[str, Rows]:
@@ -118,25 +129,11 @@ class _Layout:
         self.n_rows, self.n_coded = int(ends[-1]), int(ends[-1]) - n_heads * n_sinks
         self.sinks: Where = (starts[:, None] + np.arange(n_sinks)).reshape(-1)
         self.of_planes = [np.stack([of_heads[head] for head in plane.heads], axis=1) for plane in coder.planes]
-        self._planes = coder.planes
-        self.leaders = {plane.leader for plane in coder.planes if plane.leader is not None}
-        self.order = sorted(range(len(coder.planes)), key=lambda i: i not in self.leaders)
-        self._tokens = [np.nonzero(kept[plane.heads[0], n_sinks:])[0] for plane in coder.planes]
+        self.order = sorted(range(len(coder.planes)), key=lambda i: coder.planes[i].leader is not None)
+        # of the rows of a plane, among the rows of one that keeps all tokens
+        self.tokens = [np.nonzero(kept[plane.heads[0], n_sinks:])[0] for plane in coder.planes]
         ragged = [rows for rows, of_head in zip(of_heads, kept, strict=True) if not of_head.all()]
         self.biased: Where = np.concatenate([np.zeros(0, np.int64), *ragged])
-
-
-    def expected(
-        self, i: int, side: str, leading: Mapping[int, Rows], restored: Mapping[str, Rows]
-    ) -> Rows | np.float32:
-        """What a plane's rows are expected to be: from those of its leader at the same tokens, values from keys too."""
-        plane = self._planes[i]
-        if side not in plane.predictors:
-            return np.float32(0)
-        known = [] if plane.leader is None else [leading[plane.leader][self._tokens[i]]]
-        known += [restored["keys"]] if side == "values" else []
-        found: Rows = np.concatenate(known, axis=1) @ plane.predictors[side]
-        return found
 
 
 def _kept(block: KVBlock) -> Mask:
@@ -146,12 +143,16 @@ def _kept(block: KVBlock) -> Mask:
     return kept
 
 
-def _read_kept(found: "_Sections", n_heads: int, n_tokens: int) -> Mask:
-    shape = (n_heads, -(-n_tokens // 8))
-    bits = np.unpackbits(found.exact(SectionKind.KEPT, shape, np.dtype(np.uint8)), axis=1)
+def _read_kept(found: "_Sections", n_heads: int, header: Header) -> Mask:
+    n_tokens = header.n_source_tokens
+    packed = found.exact(SectionKind.KEPT, (n_heads, -(-n_tokens // 8)), np.dtype(np.uint8))
+    # A bit costs nothing in a frame. Before anything is made for each row there must be as many rows.
+    n_coded = int(np.bitwise_count(packed).sum()) - n_heads * planes.n_sinks(header.first_position, n_tokens)
+    found.check_rows(n_coded)
+    bits = np.unpackbits(packed, axis=1)
     if bits[:, n_tokens:].any():
         raise CorruptFrameError(f"KEPT names tokens beyond the {n_tokens} of the block")
-    kept: Mask = bits[:, :n_tokens].astype(bool)
+    kept: Mask = bits[:, :n_tokens].view(bool)
     return kept
 
 
@@ -191,50 +192,66 @@ def _with_sinks(
     return whole
 
 
-def _symbols(rows: Mapping[str, Rows], layout: _Layout, coder: Compactor) -> dict[str, list[Symbols]]:
-    """Symbols of each plane, by side; planes that others are predicted from come first. Inverse: `_restored`."""
-    found: dict[str, list[Symbols]] = {side: [np.zeros((0, 0), np.int32)] * len(coder.planes) for side in SIDES}
-    leading: dict[int, Rows] = {}
-    for i in layout.order:
-        plane, where, restored = coder.planes[i], layout.of_planes[i], {}
-        for side in SIDES:
-            one: PlaneCoder = getattr(plane, side)
-            of_plane = rows[side][where].reshape(len(where), one.n_features)
-            expected = layout.expected(i, side, leading, restored)
-            with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-                coefficients = klt.project(of_plane - expected, one.basis)
-            found[side][i] = quantize.quantize(coefficients, one.tables.steps, coder.dead_zone)
-            restored[side] = _reconstruct(found[side][i], one, coder) + expected
-        if i in layout.leaders:
-            leading[i] = np.concatenate([restored[side] for side in SIDES], axis=1)
-    return found
+def _coded(block: KVBlock, layout: _Layout, coder: Compactor) -> tuple[dict[str, list[Symbols]], dict[str, Rows]]:
+    """Symbols of each plane, by side, and the rows that they stand for. Inverse, to the coder's loss: `_restored`."""
+    rows = plain_rows(block, coder)
+    symbols: dict[str, list[Symbols]] = {side: [np.zeros((0, 0), np.int32)] * len(coder.planes) for side in SIDES}
+
+    def quantized(i: int, side: str, expected: Rows | np.float32) -> Symbols:
+        one: PlaneCoder = getattr(coder.planes[i], side)
+        coefficients = klt.project(_rows_of(i, rows[side], one, layout) - expected, one.basis)
+        symbols[side][i] = quantize.quantize(coefficients, one.tables.steps, coder.dead_zone)
+        return symbols[side][i]
+
+    restored = _restored(quantized, layout, coder)
+    return symbols, restored
 
 
-def _restored(symbols: Mapping[str, Sequence[Symbols]], layout: _Layout, coder: Compactor) -> dict[str, Rows]:
-    """Rows of all heads, by side; those of sinks are 0."""
+def _restored(
+    symbols: Callable[[int, str, Rows | np.float32], Symbols], layout: _Layout, coder: Compactor
+) -> dict[str, Rows]:
+    """Rows of all heads, by side, those of sinks 0. symbols: of a plane and side, given what its rows should be.
+
+    Planes that others are predicted from come first, keys before values.
+    """
     dims = {side: coder.spec.dense_shapes()[side][-1] for side in SIDES}
     rows = {side: np.zeros((layout.n_rows, dims[side]), np.float32) for side in SIDES}
-    leading: dict[int, Rows] = {}
-    for i in layout.order:
-        plane, where, restored = coder.planes[i], layout.of_planes[i], {}
-        for side in SIDES:
-            expected = layout.expected(i, side, leading, restored)
-            restored[side] = _reconstruct(symbols[side][i], getattr(plane, side), coder) + expected
-            rows[side][where.reshape(-1)] = restored[side].reshape(-1, dims[side])
-        if i in layout.leaders:
-            leading[i] = np.concatenate([restored[side] for side in SIDES], axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite; rows are looked at below
+        for i in layout.order:
+            for side in SIDES:
+                one: PlaneCoder = getattr(coder.planes[i], side)
+                expected = _expected(i, side, rows, layout, coder)
+                found = quantize.dequantize(symbols(i, side, expected), one.tables.steps, coder.centroid)
+                of_plane = klt.reconstruct(found, one.basis) + expected
+                rows[side][layout.of_planes[i].reshape(-1)] = of_plane.reshape(-1, dims[side])
     for of_side in rows.values():
         if of_side.size and not max(of_side.max(), -of_side.min()) < _MAX_MAGNITUDE:  # catches NaN too
             raise CorruptFrameError("rows decode to numbers that no model has")
     return rows
 
 
-def _reconstruct(symbols: Symbols, one: PlaneCoder, coder: Compactor) -> Rows:
-    with np.errstate(over="ignore", invalid="ignore"):  # looked at by the caller
-        return klt.reconstruct(quantize.dequantize(symbols, one.tables.steps, coder.centroid), one.basis)
+def _expected(i: int, side: str, rows: Mapping[str, Rows], layout: _Layout, coder: Compactor) -> Rows | np.float32:
+    """What a plane's rows should be, going by those of its leader at the same tokens; values by its keys too."""
+    plane = coder.planes[i]
+    if side not in plane.predictors:
+        return np.float32(0)
+    known = [_rows_of(i, rows["keys"], plane.keys, layout)] if side == "values" else []
+    if plane.leader is not None:
+        leader = coder.planes[plane.leader]
+        of_leader = (_rows_of(plane.leader, rows[s], getattr(leader, s), layout) for s in SIDES)
+        known = [each[layout.tokens[i]] for each in of_leader] + known
+    found: Rows = np.concatenate(known, axis=1) @ plane.predictors[side]
+    return found
 
 
-def _scales(layout: _Layout, coder: Compactor, side: str) -> list[np.ndarray]:
+def _rows_of(i: int, rows: Rows, one: PlaneCoder, layout: _Layout) -> Rows:
+    """Those of a plane, heads side by side."""
+    where = layout.of_planes[i]
+    of_plane: Rows = rows[where].reshape(len(where), one.n_features)
+    return of_plane
+
+
+def _scales(layout: _Layout, coder: Compactor, side: str) -> list[UInt8[np.ndarray, " _n"]]:
     """The scale index of each symbol of each plane, component by component."""
     tables = (getattr(plane, side).tables for plane in coder.planes)
     return [np.repeat(one.scales, len(where)) for one, where in zip(tables, layout.of_planes, strict=True)]
@@ -280,6 +297,13 @@ class _Sections:
                 if section.kind in self._left:
                     raise CorruptFrameError(f"one section of {section.kind.name} expected, got more")
                 self._left[section.kind] = section
+
+    def check_rows(self, n_coded: int) -> None:
+        for kind in _ROWS.values():
+            section = self._left.get(kind)
+            if not section or section.shape[:1] != (n_coded,):
+                got = f"{section.shape}" if section else "none"
+                raise CorruptFrameError(f"{kind.name} of {n_coded} rows, as KEPT says, expected, got {got}")
 
     def take(self, kind: SectionKind, coding: Coding, shape: tuple[int, ...], dtype: np.dtype) -> Section:
         section = self._left.pop(kind, None)

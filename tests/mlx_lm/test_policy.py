@@ -119,7 +119,7 @@ def test_nothing_need_be_left_to_compute() -> None:
         ("x8", COMPACTED, EXACT, EXACT, False),
         ("compacted-x8", COMPACTED, EXACT, EXACT, True),
         ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
-        ("", COMPACTED, EXACT, EXACT, True),
+        ("", COMPACTED, EXACT, EXACT, False),  # it could not be restored
     ],
 )
 def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
@@ -128,6 +128,13 @@ def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
     block = pb.HeldBlock(fidelity=pb.Fidelity(kind=int(fidelity)), lineage=int(lineage))
     match = Match((b"hash",), (block,))
     assert Policy(store_as=store_as).held(match, [ours, ours]) == ({b"hash"} if is_held else set())
+
+
+def test_an_engine_that_takes_compacted_blocks_has_no_need_of_others() -> None:
+    block = pb.HeldBlock(fidelity=pb.Fidelity(kind=pb.FIDELITY_KIND_COMPACTED))
+    match = Match((b"hash",), (block,))
+    assert Policy(floor=COMPACTED).held(match, [EXACT]) == {b"hash"}
+    assert Policy(floor=COMPACTED, store_as="x8").held(match, [EXACT]) == set()
 
 
 def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:
