@@ -117,17 +117,45 @@ def test_nothing_need_be_left_to_compute() -> None:
         ("", CODED, CODED, CODED, True),
         ("x8", CODED, EXACT, CODED, True),
         ("x8", COMPACTED, EXACT, EXACT, False),
-        ("compacted-x8", COMPACTED, EXACT, EXACT, True),
-        ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
-        ("", COMPACTED, EXACT, EXACT, True),
+        ("", COMPACTED, EXACT, EXACT, False),  # it could never be given back
+        ("", COMPACTED, CODED, CODED, False),
+        ("x8", COMPACTED, EXACT, CODED, True),  # no daemon takes what is worse in its lineage
+        ("exact", CODED, EXACT, CODED, True),
+        ("exact", CODED, CODED, CODED, False),
     ],
 )
-def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
+def test_a_block_is_held_if_a_put_would_not_improve_on_it(
     store_as: str, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind, is_held: bool
 ) -> None:
+    assert held(Policy(store_as=store_as), fidelity, lineage, ours) == is_held
+
+
+@pytest.mark.parametrize(
+    ("store_as", "fidelity", "lineage", "ours", "is_held"),
+    [
+        ("compacted-x8", COMPACTED, EXACT, EXACT, True),
+        ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
+        ("compacted-x8", CODED, EXACT, EXACT, True),
+        ("", COMPACTED, EXACT, EXACT, True),
+        ("x8", COMPACTED, EXACT, EXACT, False),
+    ],
+)
+def test_whoever_takes_compacted_blocks_leaves_those_that_are_held(
+    store_as: str, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind, is_held: bool
+) -> None:
+    assert held(Policy(floor=COMPACTED, store_as=store_as), fidelity, lineage, ours) == is_held
+
+
+def held(policy: Policy, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind) -> bool:
+    """Whether a block need not be put. ours: the lineage of what would be put."""
     block = pb.HeldBlock(fidelity=pb.Fidelity(kind=int(fidelity)), lineage=int(lineage))
-    match = Match((b"hash",), (block,))
-    assert Policy(store_as=store_as).held(match, [ours, ours]) == ({b"hash"} if is_held else set())
+    found = policy.held(Match((b"hash",), (block,)), [ours, ours])
+    assert found in (set(), {b"hash"})
+    return bool(found)
+
+
+def test_only_what_takes_compacted_blocks_has_some_made() -> None:
+    assert [Policy(floor=floor).min_fidelity for floor in (EXACT, CODED, COMPACTED)] == [CODED, CODED, COMPACTED]
 
 
 def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:

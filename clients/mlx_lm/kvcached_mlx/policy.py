@@ -31,6 +31,11 @@ class Policy:
         return self.floor == FidelityKind.COMPACTED
 
     @property
+    def min_fidelity(self) -> FidelityKind:
+        """What blocks are to be stored as at the least: who is never given compacted ones has none made."""
+        return FidelityKind.COMPACTED if self.accepts_compacted else FidelityKind.CODED
+
+    @property
     def compacts(self) -> bool:
         return self.store_as.startswith(_AFTER_COMPACTION)
 
@@ -56,8 +61,8 @@ class Policy:
         return -(-n_tokens // size), n_tokens
 
     def held(self, match: Match, lineages: Sequence[FidelityKind]) -> set[bytes]:
-        """The blocks of a match that are no worse than what would be put; lineages: of that, block by block."""
-        least = FidelityKind.COMPACTED
+        """The blocks of a match that a put would not improve on; lineages: of what would be put, block by block."""
+        least = self.min_fidelity
         if self.store_as == "exact":
             least = FidelityKind.EXACT
         elif self.store_as and not self.compacts:
@@ -65,7 +70,8 @@ class Policy:
         return {
             block_hash
             for block_hash, block, lineage in zip(match.hashes, match.blocks, lineages, strict=False)
-            if _kind(block.lineage) >= lineage and _kind(block.fidelity.kind) >= least
+            # One of a better lineage stays, however well ours would be kept: the daemon takes none of a worse one.
+            if (_kind(block.lineage), _kind(block.fidelity.kind)) >= (lineage, least)
         }
 
 
