@@ -35,7 +35,17 @@ RESULTS = Path(__file__).resolve().parent / "results"
 QUICK, FULL = {"n_documents": 6, "n_probes": 400}, {"n_documents": 24, "n_probes": 2000}
 LAYERS_PER_GROUP = 6
 RATIOS, ON = (2, 4, 8), ("x8", "x16")
-ALONE = (24.0, 32.0, 44.0, 56.0, 72.0, 96.0, 128.0)  # compressions of coding alone, to hold compaction against
+ALONE = (
+    16.0,
+    24.0,
+    32.0,
+    44.0,
+    56.0,
+    72.0,
+    96.0,
+    128.0,
+    160.0,
+)  # compressions of coding alone, to hold compaction against
 COURSE = Course(n_recomputed=256)
 
 

@@ -17,6 +17,7 @@ from kvcached.codec import attention, compacted, compaction, klt, planes
 from kvcached.codec.compaction import BlockQueries, Budgets
 from kvcached.codec.compactor import ANCHORS, Anchor, Compaction, Compactor, HeadPlane, solve_budgets
 from kvcached.codec.tables import SIDES, PlaneCoder, Profile, Tables, storable
+from kvcached.errors import CorruptFrameError
 from kvcached_client.tensors import DTYPES
 
 WHOLE = 7 / 8  # of its tokens: a head whose budget is above that keeps all
@@ -51,13 +52,16 @@ class Fitting:
 def fit(outline: Compaction, fitting: Fitting, targets: Mapping[str, float]) -> Compaction:
     """The outline, which has no anchors yet, with anchors. targets: compression of each profile without compaction.
 
-    Raises NoCompactionError if blocks are too short to compact, or no steps reach a profile's compression.
+    Raises NoCompactionError if blocks are too short to compact or cannot be, or no steps reach a profile's compression.
     """
     if fitting.spec.block_size < ANCHORS[-1] * planes.N_SINKS:
         raise NoCompactionError(f"blocks of {fitting.spec.block_size} tokens are too short")
-    anchors = {ratio: _anchor(outline, fitting, ratio, targets) for ratio in ANCHORS}
-    unbounded = replace(outline, anchors=anchors)
-    return replace(outline, anchors={ratio: _bounded(unbounded, fitting, ratio) for ratio in ANCHORS})
+    try:
+        anchors = {ratio: _anchor(outline, fitting, ratio, targets) for ratio in ANCHORS}
+        unbounded = replace(outline, anchors=anchors)
+        return replace(outline, anchors={ratio: _bounded(unbounded, fitting, ratio) for ratio in ANCHORS})
+    except (ValueError, CorruptFrameError, RuntimeError) as error:  # the last is scipy's, of a fit that does not end
+        raise NoCompactionError(str(error)) from None
 
 
 def _anchor(outline: Compaction, fitting: Fitting, ratio: int, targets: Mapping[str, float]) -> Anchor:
@@ -175,10 +179,7 @@ def _bits_per_value(compression: float, budgets: Budgets, spec: ModelSpec) -> fl
 
 
 def _profile(samples: Sequence[steps.Sample], target: float, budget: float, n_planes: int) -> Profile:
-    try:
-        choice = steps.choose(samples, budget, None)
-    except ValueError as error:
-        raise NoCompactionError(str(error)) from None
+    choice = steps.choose(samples, budget, None)
     tables = [Tables(*each) for each in zip(choice.steps, choice.scales, strict=True)]
     return Profile(target, steps.DEAD_ZONE, steps.CENTROID, tuple(tables[:n_planes]), tuple(tables[n_planes:]))
 

@@ -168,7 +168,13 @@ class Calibration:
     ) -> Compaction | None:
         targets = {name: float(profiles[name]) for name in COMPACTED_PROFILES if name in profiles}
         blocks, reservoir, metric = self._matching.blocks, self._matching.reservoir, self._output_metric
+        self.compaction_problem = self._matching.problem or self.compaction_problem
         if not targets or not blocks or reservoir is None or metric is None:
+            return None
+        with np.errstate(over="ignore"):
+            halves = reservoir.astype(np.float16)
+        if not np.isfinite(halves).all():
+            self.compaction_problem = "queries are larger than float16 can hold"
             return None
         sides = {
             side: anchors.GroupStatistics(
@@ -179,7 +185,7 @@ class Calibration:
         outline = Compaction(
             np.array(FRACTIONS, np.float32),
             self._matching.curves(by, self._head_weights),
-            reservoir.astype(np.float16).astype(np.float32),
+            halves.astype(np.float32),
             metric.astype(np.float32),
             {},
         )

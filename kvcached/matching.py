@@ -30,8 +30,11 @@ OutputMetric = Float64[np.ndarray, "n_layers n_kv_heads value_dim value_dim"]
 class Matching:
     """Accumulates what compaction needs. Not safe for concurrent calls.
 
-    blocks: a few whole ones, as they came. reservoir: queries without rotary positions.
+    blocks: a few whole ones, as they came. reservoir: queries without rotary positions. problem: why a block could not
+    be compacted, if one could not: it has no part in the curves.
     """
+
+    problem = ""
 
     def __init__(self, spec: ModelSpec, seed: int, n_recomputed: int) -> None:
         self._spec, self._n_recomputed = spec, n_recomputed
@@ -89,22 +92,29 @@ class Matching:
     def _add_block(self, text: KVBlock, end: int, queries: Queries, output_metric: OutputMetric) -> None:
         tensors, start = text.to_tensors(), end - self._spec.block_size
         at, stop = start - text.first_position, end + self._n_recomputed - text.first_position
-        self._n_blocks += 1
         block = KVBlock.dense(
             {side: tensors[side][:, :, at : end - text.first_position].copy() for side in ("keys", "values")},
             self._spec.block_size,
             start,
         )
-        if block.nbytes * (len(self.blocks) + 1) <= _MAX_BYTES:
-            self.blocks.append(block)
         n_kv_heads = self._errors.shape[1]
-        for layer, head in np.ndindex(*self._errors.shape[:2]):
+        errors, entropy = np.zeros_like(self._errors), np.zeros_like(self._entropy)
+        for layer, head in np.ndindex(*entropy.shape):
             keys, values = (tensors[side][layer, head, :stop].astype(np.float32) for side in ("keys", "values"))
             per_kv_head = queries.shape[1] // n_kv_heads
             group = queries[layer, head * per_kv_head : (head + 1) * per_kv_head]
             measured = _Head(keys, values, slice(at, at + self._spec.block_size), group, self._spec.dense_layers[layer])
-            self._entropy[layer, head] += measured.entropy()
-            self._errors[layer, head] += list(measured.errors(output_metric[layer, head]))
+            entropy[layer, head] = measured.entropy()
+            try:
+                errors[layer, head] = list(measured.errors(output_metric[layer, head]))
+            except (ValueError, RuntimeError) as error:  # as compaction says it, and scipy of a fit that does not end
+                self.problem = str(error)
+                return
+        self._n_blocks += 1
+        self._errors += errors
+        self._entropy += entropy
+        if block.nbytes * (len(self.blocks) + 1) <= _MAX_BYTES:
+            self.blocks.append(block)
 
 
 class _Head:
@@ -128,7 +138,7 @@ class _Head:
         """Through the output projection, for each fraction of kept tokens."""
         whole, values = self._fit[:, self._block], self._values[self._block]
         exact = attention.read(self._test, self._values)
-        of_block = attention.read(self._test[:, self._block], values)
+        around = attention.read(np.delete(self._test, self._block, 1), np.delete(self._values, self._block, 0))
         for fraction in FRACTIONS:
             n_kept = max(1, round(fraction * len(values)))
             if n_kept == len(values):
@@ -138,15 +148,14 @@ class _Head:
             bias = compaction.fit_bias(whole, whole[:, kept])
             fitted = compaction.fit_values(whole, values, whole[:, kept] + bias, values[kept])
             found = attention.read(self._test[:, self._block][:, kept] + bias, fitted)
-            yield attention.output_error(_instead(exact, of_block, found), exact, output_metric)
+            yield attention.output_error(_joined(around, found), exact, output_metric)
 
 
-def _instead(whole: attention.Read, part: attention.Read, other: attention.Read) -> attention.Read:
-    """What is read of everything when a part gives something else."""
-    share, instead = (np.exp(read.log_mass - whole.log_mass)[:, None] for read in (part, other))
-    mass = 1 - share + instead
-    output = (whole.output - share * part.output + instead * other.output) / mass
-    return attention.Read(output, whole.log_mass + np.log(mass[:, 0]))
+def _joined(a: attention.Read, b: attention.Read) -> attention.Read:
+    """What is read of two parts together. Of a sum, not of a difference: all of it may lie in either part."""
+    log_mass = np.logaddexp(a.log_mass, b.log_mass)
+    of_a, of_b = (np.exp(read.log_mass - log_mass)[:, None] for read in (a, b))
+    return attention.Read(of_a * a.output + of_b * b.output, log_mass)
 
 
 def _rows(queries: Float32[np.ndarray, "heads n dim"]) -> Float32[np.ndarray, "rows dim"]:

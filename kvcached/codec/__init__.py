@@ -27,7 +27,7 @@ _HELD_OUT = 4  # every so many queries are not fitted to
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compacted:
-    """A compacted block, and what it loses on queries that it was not fitted to: relative errors."""
+    """A compacted block, and what it loses once coded, on queries that it was not fitted to: relative errors."""
 
     block: KVBlock
     mass_error: float
@@ -55,8 +55,9 @@ def compact(block: KVBlock, compactor: Compactor, queries: BlockQueries | None =
     spec = compactor.spec
     picked = compaction.pick(block, spec, compactor.budgets, fitted)
     small = compaction.fit(picked, block, spec, fitted, compacted.seen_keys(picked, compactor))
-    mass_error, output_error = compaction.errors(small, block, spec, unseen, compactor.output_metric)
-    if output_error > compactor.bound:
+    restored = compacted.seen(small, compactor)  # what coding costs, counts
+    mass_error, output_error = compaction.errors(restored, block, spec, unseen, compactor.output_metric)
+    if not output_error <= compactor.bound:  # catches NaN too
         raise LossError(f"an output error of {output_error:.3g}, the profile allows {compactor.bound:.3g}")
     return Compacted(small, mass_error, output_error)
 

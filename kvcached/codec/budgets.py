@@ -6,7 +6,7 @@ here they are solved for, and any total is met exactly).
 """
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int32
+from jaxtyping import Bool, Float, Float64, Int32
 
 Curves = Float64[np.ndarray, "n_layers n_kv_heads n_fractions"]
 Budgets = Int32[np.ndarray, "n_layers n_kv_heads"]
@@ -29,10 +29,7 @@ def solve(
     Raises:
         ValueError: the total cannot be met, curves are negative or not finite, or fractions are none.
     """
-    if not (np.isfinite(curves).all() and (curves >= 0).all()):
-        raise ValueError("curves of error must be finite and not negative")
-    if not ((np.diff(fractions) > 0).all() and fractions[0] > 0 and fractions[-1] == 1):
-        raise ValueError(f"fractions must ascend from above 0 to 1, got {fractions.tolist()}")
+    check(curves, fractions)
     floors = np.full(curves.shape[:2], least)
     if whole is not None:
         floors[whole] = n_tokens
@@ -43,6 +40,16 @@ def solve(
     by_gain = np.lexsort((np.broadcast_to(np.arange(n_tokens), gains.shape).ravel(), -gains.ravel()))
     taken = np.bincount(by_gain[:total] // n_tokens, minlength=floors.size)
     return taken.reshape(floors.shape).astype(np.int32)
+
+
+def check(
+    curves: Float[np.ndarray, "n_layers n_kv_heads n_fractions"], fractions: Float[np.ndarray, " n_fractions"]
+) -> None:
+    """Raises ValueError unless budgets can be solved from them."""
+    if not (np.isfinite(curves).all() and (curves >= 0).all()):
+        raise ValueError("curves of error must be finite and not negative")
+    if not ((np.diff(fractions) > 0).all() and fractions[0] > 0 and fractions[-1] == 1):
+        raise ValueError(f"fractions must ascend from above 0 to 1, got {fractions.tolist()}")
 
 
 def _gains(

@@ -140,7 +140,8 @@ class Bundle:
         """
         if not self.compaction:
             raise KeyError("the bundle has nothing on compaction")
-        fidelity = Fidelity(FidelityKind.COMPACTED, profile, am_ratio, self.bundle_id)
+        as_frames_hold_it = float(np.float32(am_ratio))
+        fidelity = Fidelity(FidelityKind.COMPACTED, profile, as_frames_hold_it, self.bundle_id)
         return self.compaction.compactor(self.spec, fidelity)
 
     def with_measured(self, measured: Mapping[str, pb.Measured]) -> "Bundle":
@@ -248,7 +249,7 @@ def _mismatches(ours: ModelSpec, theirs: ModelSpec) -> Iterator[str]:
 # What content that is no bundle's makes of the code that reads it. Nesting ends in a RecursionError, huge numbers in an
 # OverflowError, and a type where another is expected in most of the others.
 _NO_BUNDLE = (
-    *(SafetensorError, json_format.Error, ValueError, KeyError, TypeError),
+    *(SafetensorError, json_format.Error, ValueError, KeyError, IndexError, TypeError),
     *(AttributeError, RecursionError, OverflowError),
 )
 

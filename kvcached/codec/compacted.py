@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 
 from kvcached.block import KVBlock
 from kvcached.codec import compaction, entropy, exact, klt, lossless, planes, quantize, rope
@@ -28,6 +28,7 @@ _ROWS = {"keys": SectionKind.KEY_ROWS, "values": SectionKind.VALUE_ROWS}
 _SINKS = {"keys": SectionKind.SINK_KEYS, "values": SectionKind.SINK_VALUES}
 
 Rows = Float32[np.ndarray, "_n_rows _dim"]
+Symbols = Int32[np.ndarray, "_n_rows _n_components"]
 Where = Int[np.ndarray, " _n"]
 Mask = Bool[np.ndarray, "n_heads n_tokens"]
 
@@ -61,7 +62,7 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         got = (header.n_layers, header.n_kv_heads, n_tokens)
         raise CorruptFrameError(f"(layers, KV heads) {heads} of some tokens expected, got {got}")
     found = _Sections(sections)
-    kept = _read_kept(found, heads[0] * heads[1], n_tokens)
+    kept = _read_kept(found, heads[0] * heads[1], header)
     try:
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
@@ -89,9 +90,16 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
 def seen_keys(picked: KVBlock, coder: Compactor) -> Rows:
     """The keys of picked rows as whoever decodes them will have them, in float32. Raises what `to_sections` does."""
     layout = _Layout(_kept(picked), coder, picked.first_position)
-    rows = _decode(_encode(plain_keys(picked, coder), layout, coder, "keys"), layout, coder, "keys")
+    rows = _rows_of(_symbols(plain_keys(picked, coder), layout, coder, "keys"), layout, coder, "keys")
     turned = _turned(rows, picked, coder, inverse=False)
     return _with_sinks(turned, picked.keys[layout.sinks], layout).astype(np.float32)
+
+
+def seen(small: KVBlock, coder: Compactor) -> KVBlock:
+    """A compacted block as whoever decodes it will have it, keys in float32. Raises what `to_sections` does."""
+    layout = _Layout(_kept(small), coder, small.first_position)
+    rows = _rows_of(_symbols(small.values.astype(np.float32), layout, coder, "values"), layout, coder, "values")
+    return replace(small, keys=seen_keys(small, coder), values=_with_sinks(rows, small.values[layout.sinks], layout))
 
 
 def plain_keys(block: KVBlock, coder: Compactor) -> Rows:
@@ -127,12 +135,16 @@ def _kept(block: KVBlock) -> Mask:
     return kept
 
 
-def _read_kept(found: "_Sections", n_heads: int, n_tokens: int) -> Mask:
-    shape = (n_heads, -(-n_tokens // 8))
-    bits = np.unpackbits(found.exact(SectionKind.KEPT, shape, np.dtype(np.uint8)), axis=1)
+def _read_kept(found: "_Sections", n_heads: int, header: Header) -> Mask:
+    n_tokens = header.n_source_tokens
+    packed = found.exact(SectionKind.KEPT, (n_heads, -(-n_tokens // 8)), np.dtype(np.uint8))
+    # A bit costs nothing in a frame. Before anything is made for each row there must be as many rows.
+    n_coded = int(np.bitwise_count(packed).sum()) - n_heads * planes.n_sinks(header.first_position, n_tokens)
+    found.check_rows(n_coded)
+    bits = np.unpackbits(packed, axis=1)
     if bits[:, n_tokens:].any():
         raise CorruptFrameError(f"KEPT names tokens beyond the {n_tokens} of the block")
-    kept: Mask = bits[:, :n_tokens].astype(bool)
+    kept: Mask = bits[:, :n_tokens].view(bool)
     return kept
 
 
@@ -173,26 +185,45 @@ def _with_sinks(
 
 
 def _encode(rows: Rows, layout: _Layout, coder: Compactor, side: str) -> bytes:
-    symbols, scales = [], []
-    for plane, where in zip(coder.planes, layout.of_planes, strict=True):
-        one: PlaneCoder = getattr(plane, side)
-        with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-            coefficients = klt.project(rows[where].reshape(len(where), one.n_features), one.basis)
-        symbols.append(quantize.quantize(coefficients, one.tables.steps, coder.dead_zone).T.reshape(-1))
-        scales.append(np.repeat(one.tables.scales, len(where)))
-    return entropy.encode(np.concatenate(symbols)[None], np.concatenate(scales))
+    symbols = [of_plane.T.reshape(-1) for of_plane in _symbols(rows, layout, coder, side)]
+    return entropy.encode(np.concatenate(symbols)[None], np.concatenate(_scales(layout, coder, side)))
 
 
 def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side: str) -> Rows:
     """Inverse of `_encode`; rows of sinks are 0."""
-    coders = [(plane, getattr(plane, side)) for plane in coder.planes]
-    scales = [np.repeat(c.tables.scales, len(where)) for (_, c), where in zip(coders, layout.of_planes, strict=True)]
+    scales = _scales(layout, coder, side)
     symbols = entropy.decode(payload, 1, np.concatenate(scales))[0]
     parts = np.split(symbols, np.cumsum([len(part) for part in scales])[:-1])
+    sizes = [
+        (len(getattr(plane, side).tables.steps), len(w))
+        for plane, w in zip(coder.planes, layout.of_planes, strict=True)
+    ]
+    found = [part.reshape(size).T for part, size in zip(parts, sizes, strict=True)]
+    return _rows_of(found, layout, coder, side)
+
+
+def _scales(layout: _Layout, coder: Compactor, side: str) -> list[UInt8[np.ndarray, " _n"]]:
+    """Of the symbols of each plane."""
+    planes_and_rows = zip(coder.planes, layout.of_planes, strict=True)
+    return [np.repeat(getattr(plane, side).tables.scales, len(where)) for plane, where in planes_and_rows]
+
+
+def _symbols(rows: Rows, layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
+    """Of each plane. Inverse, to the coder's loss: `_rows_of`."""
+    symbols = []
+    for plane, where in zip(coder.planes, layout.of_planes, strict=True):
+        one: PlaneCoder = getattr(plane, side)
+        with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
+            coefficients = klt.project(rows[where].reshape(len(where), one.n_features), one.basis)
+        symbols.append(quantize.quantize(coefficients, one.tables.steps, coder.dead_zone))
+    return symbols
+
+
+def _rows_of(symbols: Sequence[Symbols], layout: _Layout, coder: Compactor, side: str) -> Rows:
     dim = coder.spec.dense_shapes()[side][-1]
     rows = np.zeros((layout.n_rows, dim), np.float32)
-    for (_, one), where, part in zip(coders, layout.of_planes, parts, strict=True):
-        of_plane = part.reshape(len(one.tables.steps), len(where)).T
+    for plane, where, of_plane in zip(coder.planes, layout.of_planes, symbols, strict=True):
+        one: PlaneCoder = getattr(plane, side)
         with np.errstate(over="ignore", invalid="ignore"):  # looked at below
             restored = klt.reconstruct(quantize.dequantize(of_plane, one.tables.steps, coder.centroid), one.basis)
         rows[where.reshape(-1)] = restored.reshape(-1, dim)
@@ -212,9 +243,12 @@ def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> R
 
 
 def _read_rows(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> Rows:
-    shape = (layout.n_coded, coder.spec.dense_shapes()[side][-1])
-    payload = found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype]).payload
-    return _decode(payload, layout, coder, side)
+    return _decode(_take_rows(found, layout.n_coded, coder, side).payload, layout, coder, side)
+
+
+def _take_rows(found: "_Sections", n_coded: int, coder: Compactor, side: str) -> Section:
+    shape = (n_coded, coder.spec.dense_shapes()[side][-1])
+    return found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype])
 
 
 class _Sections:
@@ -227,6 +261,13 @@ class _Sections:
                 if section.kind in self._left:
                     raise CorruptFrameError(f"one section of {section.kind.name} expected, got more")
                 self._left[section.kind] = section
+
+    def check_rows(self, n_coded: int) -> None:
+        for kind in _ROWS.values():
+            section = self._left.get(kind)
+            if not section or section.shape[:1] != (n_coded,):
+                got = f"{section.shape}" if section else "none"
+                raise CorruptFrameError(f"{kind.name} of {n_coded} rows, as KEPT says, expected, got {got}")
 
     def take(self, kind: SectionKind, coding: Coding, shape: tuple[int, ...], dtype: np.dtype) -> Section:
         section = self._left.pop(kind, None)

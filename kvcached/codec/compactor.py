@@ -143,7 +143,8 @@ class Compaction:
         n_layers, n_kv_heads, _, key_dim = spec.dense_shapes()["keys"]
         value_dim = spec.dense_shapes()["values"][-1]
         n_query_heads = spec.dense_layers[0].n_query_heads or n_kv_heads
-        n_fractions, n_queries = len(tensors[f"{_AT}.fractions"]), tensors[f"{_AT}.queries"].shape[2]
+        n_fractions, of_queries = tensors[f"{_AT}.fractions"].size, tensors[f"{_AT}.queries"].shape
+        n_queries = of_queries[2] if len(of_queries) == 4 else 0
         if not (1 <= n_fractions <= _MAX_FRACTIONS and 1 <= n_queries <= _MAX_QUERIES):
             raise ValueError(f"compaction has {n_fractions} fractions and {n_queries} queries")
         heads = (n_layers, n_kv_heads)
@@ -162,7 +163,7 @@ class Compaction:
         )
         if len(found.anchors) != len(content["anchors"]) or max(found.anchors, default=0) != ANCHORS[-1]:
             raise ValueError(f"compaction has anchors {sorted(content['anchors'])[:4]!s}")
-        solve_budgets(found.curves, found.fractions, 256, 2.0)  # curves that can be solved
+        budgets.check(found.curves, found.fractions)
         return found
 
 

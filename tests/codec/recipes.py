@@ -64,13 +64,13 @@ class Recipe:
         """Bases fitted to the same kind of rows that `Text.block` yields, features and components correlated."""
         rng = np.random.default_rng(self.seed)
         profiles = self.profiles or {"x8": Coding(0.1, 0.0), "x32": Coding(0.5, 0.5, 0.4, 0.05)}
-        bases = {side: tuple(self._basis(rng, n) for n in self._widths(side)) for side in SIDES}
+        bases = {side: tuple(basis_of(rng, n, self.rank) for n in self._widths(side)) for side in SIDES}
         made = {
             name: Profile(
                 4.0,
                 coding.dead_zone,
                 coding.centroid,
-                *(tuple(_tables(rng, basis, coding) for basis in bases[side]) for side in SIDES),
+                *(tuple(tables_of(rng, basis, coding) for basis in bases[side]) for side in SIDES),
             )
             for name, coding in profiles.items()
         }
@@ -79,13 +79,14 @@ class Recipe:
     def _widths(self, side: str) -> list[int]:
         return group_widths(self.spec, self.layers_per_group, side)
 
-    def _basis(self, rng: np.random.Generator, n_features: int) -> Basis:
-        mixed = rng.standard_normal((4 * n_features, n_features)) @ rng.standard_normal((n_features, n_features))
-        rows = (mixed / np.sqrt(n_features) + 0.5).astype(np.float32)
-        return storable(klt.fit(klt.Moments.of(rows), max(1, round(self.rank * n_features))))
+
+def basis_of(rng: np.random.Generator, n_features: int, rank: float) -> Basis:
+    mixed = rng.standard_normal((4 * n_features, n_features)) @ rng.standard_normal((n_features, n_features))
+    rows = (mixed / np.sqrt(n_features) + 0.5).astype(np.float32)
+    return storable(klt.fit(klt.Moments.of(rows), max(1, round(rank * n_features))))
 
 
-def _tables(rng: np.random.Generator, basis: Basis, coding: Coding) -> Tables:
+def tables_of(rng: np.random.Generator, basis: Basis, coding: Coding) -> Tables:
     deviations = np.sqrt(np.maximum(basis.variances, np.float32(1e-3)))
     kept = rng.random(len(deviations)) >= coding.dropped
     steps = np.where(kept, deviations * np.float32(coding.step), np.float32(0))
@@ -163,7 +164,8 @@ def content_of(file: bytes) -> dict[str, Any]:
 
 def sealed(content: Mapping[str, Any], tensors: Mapping[str, np.ndarray], text: str | None = None) -> bytes:
     """The file of any content and tensors. Its checksum is right if the content has one, and none is there already."""
-    named = {name: content[name] for name in ("format", "model", "layers_per_group", "profiles") if name in content}
+    said = ("format", "model", "layers_per_group", "profiles", "compaction")
+    named = {name: content[name] for name in said if name in content}
     digest = hashlib.sha256(canonical(named))
     for name, array in sorted(tensors.items()):
         digest.update(f"\n{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes())

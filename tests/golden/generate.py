@@ -1,6 +1,8 @@
 """Writes golden frames and bundles. Run by hand, once for each: `python tests/golden/generate.py [NAME...]`.
 
-Files stay as they were written: later versions of the codec must read them, and nothing here replaces one.
+Files stay as they were written: later versions of the codec must read them, and nothing here replaces one. What a
+format that was unknown says of a file in errors/ may become another error when a reader learns it: then the file stays,
+its entry in the manifest changes, and a file of a format that is still unknown is added.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from golden import coded
+from golden import coded, compacted
 
 from kvcached import codec
 from kvcached.block import BlockId, FidelityKind, KVBlock
@@ -205,6 +207,34 @@ def make_bad_coded(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
     return frame, {"sha256": sha256(frame), "error": coded.BAD_FRAMES[name][0], **named}
 
 
+def make_compacting(name: str, _directory: Path) -> tuple[bytes, dict[str, Any]]:
+    file = compacted.bundle_file(name)
+    return file, coded.bundle_entry(file)
+
+
+def make_bad_compacting(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    file = compacted.bad_bundle(name, bundle_in(directory, "bundle-compacting-bfloat16"))
+    return file, {"sha256": sha256(file), "error": compacted.BAD_BUNDLES[name][0]}
+
+
+def make_compacted(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    """And beside it the frame of what it decodes to."""
+    bundle = bundle_in(directory, compacted.FRAMES[name].bundle)
+    frame = compacted.frame(name, block_id(name), bundle)
+    decoded = compacted.decoded(name, block_id(name), frame, bundle)
+    with (directory / "compacted" / f"{name}.decoded.kvf").open("xb") as opened:
+        opened.write(decoded)
+    entry = compacted.frame_entry(name, block_id(name), frame, bundle)
+    return frame, {**entry, "decoded_sha256": sha256(decoded)}
+
+
+def make_bad_compacted(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
+    of = compacted.FRAMES[compacted.bad_frame_of(name)]
+    frame = compacted.bad_frame(name, block_id(name), bundle_in(directory, of.bundle))
+    named = {"bundle": of.bundle, "profile": of.profile, "am_ratio": of.am_ratio, **ids_of(name)}
+    return frame, {"sha256": sha256(frame), "error": compacted.BAD_FRAMES[name][0], **named}
+
+
 def bundle_in(directory: Path, name: str) -> bytes:
     return (directory / "bundles" / f"{name}.safetensors").read_bytes()
 
@@ -221,6 +251,13 @@ FILES: dict[str, Golden] = {
     **{name: Golden("bundle_errors", f"errors/{name}.safetensors", make_bad_bundle) for name in coded.BAD_BUNDLES},
     **{name: Golden("coded", f"coded/{name}.kvf", make_coded) for name in coded.FRAMES},
     **{name: Golden("coded_errors", f"errors/{name}.kvf", make_bad_coded) for name in coded.BAD_FRAMES},
+    **{name: Golden("bundles", f"bundles/{name}.safetensors", make_compacting) for name in compacted.RECIPES},
+    **{
+        name: Golden("bundle_errors", f"errors/{name}.safetensors", make_bad_compacting)
+        for name in compacted.BAD_BUNDLES
+    },
+    **{name: Golden("compacted", f"compacted/{name}.kvf", make_compacted) for name in compacted.FRAMES},
+    **{name: Golden("compacted_errors", f"errors/{name}.kvf", make_bad_compacted) for name in compacted.BAD_FRAMES},
 }
 
 

@@ -155,7 +155,13 @@ def held(policy: Policy, fidelity: FidelityKind, lineage: FidelityKind, ours: Fi
 
 
 def test_only_what_takes_compacted_blocks_has_some_made() -> None:
-    assert [Policy(floor=floor).min_fidelity for floor in (EXACT, CODED, COMPACTED)] == [CODED, CODED, COMPACTED]
+    assert [Policy(floor=floor).least_stored for floor in (EXACT, CODED, COMPACTED)] == [CODED, CODED, COMPACTED]
+
+
+@pytest.mark.parametrize("am_ratio", [-1.0, 0.5, 8.01, float("nan"), float("inf")])
+def test_a_policy_with_a_ratio_that_is_none_is_refused_when_it_is_made(am_ratio: float) -> None:
+    with pytest.raises(ValueError, match="am_ratio must be a number from 1 to 8"):
+        Policy(floor=COMPACTED, store_as="compacted-x8", am_ratio=am_ratio)
 
 
 def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:

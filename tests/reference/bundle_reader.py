@@ -14,9 +14,11 @@ from reference.frame_reader import Corrupt, Unsupported
 
 Fields = dict[str, Any]
 
-FORMAT = "kvcached bundle 1"
+PLAIN, COMPACTING = FORMATS = ("kvcached bundle 1", "kvcached bundle 2")
 MAX_FILE_BYTES, MAX_HEADER_BYTES = 2 * 1024**3, 4 * 1024**2
-PROFILES = ("near-lossless", "x8", "x16", "x32")
+PROFILES, COMPACTED_PROFILES = ("near-lossless", "x8", "x16", "x32"), ("x8", "x16")
+ANCHORS = ("2", "4", "8")
+MAX_FRACTIONS, MAX_QUERIES = 64, 4096
 KV_DTYPES = ("float16", "bfloat16", "float32")
 ATTENTION = 1
 # Type and bounds of every field of a model. A float is a float even where it is whole.
@@ -32,6 +34,7 @@ LAYER: Fields = {
 }
 MODEL: Fields = {"fingerprint": FINGERPRINT, "kv_dtype": str, "block_size": int, "layers": [LAYER], "name": str}
 PROFILE: Fields = {"target_compression": (1, 1e6), "dead_zone": (0, 0.5), "centroid": (0, 0.5)}
+COMPACTED_PROFILE: Fields = {**PROFILE, "bound": (0, 1.7976931348623157e308)}  # any finite number
 MEASURED: Fields = {
     **dict.fromkeys(("bits_per_value", "compression", "kl", "kl_low", "kl_high", "perplexity_delta"), float),
     **dict.fromkeys(("perplexity_delta_low", "perplexity_delta_high"), float),
@@ -55,10 +58,12 @@ def read_bundle(data: bytes) -> Fields:
     if type(per_group) is not int or not 1 <= per_group <= len(dense):
         raise Corrupt("layers_per_group is not 1 to the number of layers")
     groups = [dense[start : start + per_group] for start in range(0, len(dense), per_group)]
-    _check_profiles(content["profiles"])
+    _check_profiles(content["profiles"], PROFILES, PROFILE)
     _check_measured(content)
+    _check_anchors(content, dense)
     tensors = _read_tensors(data, header)
-    _check_tensors(tensors, groups, content["profiles"])
+    _check_shapes(tensors, _expected_tensors(tensors, groups, content))
+    _check_numbers(tensors)
     identity = _identity(content, tensors)
     if content["checksum"] != hashlib.sha256(identity + canonical(content["measured"])).hexdigest():
         raise Corrupt("the checksum does not match")
@@ -126,9 +131,10 @@ def _read_json(data: bytes) -> tuple[Fields, Fields]:
     content = parsed(metadata["kvcached"])
     if not isinstance(content, dict) or not isinstance(content.get("format"), str):
         raise Corrupt("no format")
-    if content["format"] != FORMAT:
+    if content["format"] not in FORMATS:
         raise Unsupported("another format")
-    if set(content) != {"format", "model", "layers_per_group", "profiles", "measured", "checksum"}:
+    fields = {"format", "model", "layers_per_group", "profiles", "measured", "checksum"}
+    if set(content) != fields | ({"compaction"} if content["format"] == COMPACTING else set()):
         raise Corrupt("other fields than those of a bundle")
     if canonical(content) != metadata["kvcached"].encode("utf-8", "surrogatepass"):
         raise Corrupt("JSON that is not canonical")
@@ -198,13 +204,13 @@ def _dense_layers(model: Fields) -> list[Fields]:
     return dense
 
 
-def _check_profiles(profiles: Any) -> None:
-    if not isinstance(profiles, dict) or set(profiles) - set(PROFILES):
+def _check_profiles(profiles: Any, names: tuple[str, ...], fields: Fields) -> None:
+    if not isinstance(profiles, dict) or set(profiles) - set(names):
         raise Corrupt("profiles that no bundle has")
     for profile in profiles.values():
-        if not isinstance(profile, dict) or set(profile) != set(PROFILE):
+        if not isinstance(profile, dict) or set(profile) != set(fields):
             raise Corrupt("a profile with other fields")
-        for name, (low, high) in PROFILE.items():
+        for name, (low, high) in fields.items():
             if type(profile[name]) is not float or not low <= profile[name] <= high:
                 raise Corrupt(f"{name} is out of range")
 
@@ -217,32 +223,103 @@ def _check_measured(content: Fields) -> None:
         _check_fields(fields, MEASURED, "measured")
 
 
-def _check_tensors(tensors: dict[str, np.ndarray], groups: list[list[Fields]], profiles: Fields) -> None:
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+def _check_anchors(content: Fields, dense: list[Fields]) -> None:
+    if content["format"] == PLAIN:
+        return
+    compaction = content["compaction"]
+    if not isinstance(compaction, dict) or set(compaction) != {"anchors"}:
+        raise Corrupt("compaction of other fields")
+    anchors = compaction["anchors"]
+    if not isinstance(anchors, dict) or set(anchors) - set(ANCHORS) or ANCHORS[-1] not in anchors:
+        raise Corrupt("anchors that no bundle has")
+    for anchor in anchors.values():
+        if not isinstance(anchor, dict) or set(anchor) != {"heads", "profiles"} or not anchor["profiles"]:
+            raise Corrupt("an anchor of other fields, or without profiles")
+        _check_profiles(anchor["profiles"], COMPACTED_PROFILES, COMPACTED_PROFILE)
+        _check_heads(anchor["heads"], len(dense) * dense[0]["n_kv_heads"])
+
+
+def _check_heads(planes: Any, n_heads: int) -> None:
+    if not isinstance(planes, list) or not all(isinstance(plane, list) and plane for plane in planes):
+        raise Corrupt("no lists of heads")
+    heads = [head for plane in planes for head in plane]
+    if not all(type(head) is int for head in heads) or len(heads) != n_heads or sorted(heads) != list(range(n_heads)):
+        raise Corrupt("not all heads, each once")
+
+
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of tensors by name
+
+
+def _expected_tensors(tensors: dict[str, np.ndarray], groups: list[list[Fields]], content: Fields) -> Shapes:
+    expected: Shapes = {}
     for side in ("keys", "values"):
         for group, layers in enumerate(groups):
-            at, width = f"{side}.{group}", n_features(side, layers)
-            rank = tensors[f"{at}.variances"].size if f"{at}.variances" in tensors else 0
-            if not 1 <= rank <= width:
-                raise Corrupt("a basis of no component, or of too many")
-            expected |= {f"{at}.mean": ("float32", (width,)), f"{at}.variances": ("float32", (rank,))}
-            expected |= {f"{at}.forward": ("float16", (width, rank)), f"{at}.inverse": ("float16", (rank, width))}
-            for name in profiles:
-                expected |= {f"{name}.{at}.steps": ("float32", (rank,)), f"{name}.{at}.scales": ("uint8", (rank,))}
+            expected |= _of_plane(tensors, "", content["profiles"], f"{side}.{group}", n_features(side, layers))
+    if content["format"] == COMPACTING:
+        dense = [layer for layers in groups for layer in layers]
+        expected |= _of_compaction(tensors, dense)
+        for ratio, anchor in content["compaction"]["anchors"].items():
+            for side, dim in (("keys", "key_dim"), ("values", "value_dim")):
+                for number, heads in enumerate(anchor["heads"]):
+                    at, width = f"{side}.{number}", len(heads) * dense[0][dim]
+                    expected |= _of_plane(tensors, f"compaction.{ratio}.", anchor["profiles"], at, width)
+    return expected
+
+
+def _of_plane(tensors: dict[str, np.ndarray], prefix: str, profiles: Fields, at: str, width: int) -> Shapes:
+    """Basis and tables of a plane; how many components there are is up to the bundle."""
+    basis = f"{prefix}{at}"
+    rank = tensors[f"{basis}.variances"].size if f"{basis}.variances" in tensors else 0
+    if not 1 <= rank <= width:
+        raise Corrupt("a basis of no component, or of too many")
+    expected: Shapes = {f"{basis}.mean": ("float32", (width,)), f"{basis}.variances": ("float32", (rank,))}
+    expected |= {f"{basis}.forward": ("float16", (width, rank)), f"{basis}.inverse": ("float16", (rank, width))}
+    for name in profiles:
+        tables = f"{prefix}{name}.{at}"
+        expected |= {f"{tables}.steps": ("float32", (rank,)), f"{tables}.scales": ("uint8", (rank,))}
+    return expected
+
+
+def _of_compaction(tensors: dict[str, np.ndarray], dense: list[Fields]) -> Shapes:
+    """Those of no plane; how many fractions and queries there are is up to the bundle."""
+    heads, key_dim, value_dim = (dense[0][name] for name in ("n_kv_heads", "key_dim", "value_dim"))
+    nothing = np.zeros((0, 0, 0, 0))
+    n = tensors.get("compaction.fractions", nothing).size
+    queries = tensors.get("compaction.queries", nothing)
+    m = queries.shape[2] if queries.ndim == 4 else 0
+    if not 1 <= n <= MAX_FRACTIONS or not 1 <= m <= MAX_QUERIES:
+        raise Corrupt("no fractions or queries, or too many")
+    return {
+        "compaction.fractions": ("float32", (n,)),
+        "compaction.curves": ("float32", (len(dense), heads, n)),
+        "compaction.queries": ("float16", (len(dense), dense[0].get("n_query_heads", heads), m, key_dim)),
+        "compaction.output_metric": ("float32", (len(dense), heads, value_dim, value_dim)),
+    }
+
+
+def _check_shapes(tensors: dict[str, np.ndarray], expected: Shapes) -> None:
     if {name: (array.dtype.name, array.shape) for name, array in tensors.items()} != expected:
         raise Corrupt("not the tensors of this bundle")
+
+
+def _check_numbers(tensors: dict[str, np.ndarray]) -> None:
     for name, array in tensors.items():
-        largest = {"steps": 2.0**96, "scales": 63}.get(name.rpartition(".")[2], np.inf)
-        smallest = -np.inf if name.endswith(("mean", "forward", "inverse")) else 0
+        kind = name.rpartition(".")[2]
+        largest = {"steps": 2.0**96, "scales": 63}.get(kind, np.inf)
+        smallest = 0 if kind in ("variances", "steps", "scales", "curves") else -np.inf
         if not (np.isfinite(array) & (array >= smallest) & (array <= largest)).all():
             raise Corrupt(f"{name} has a number that it cannot have")
+    fractions = tensors.get("compaction.fractions", np.ones(1)).tolist()
+    if not all(a < b for a, b in zip([0, *fractions], fractions, strict=False)) or fractions[-1] != 1:
+        raise Corrupt("fractions that do not ascend from above 0 to 1")
 
 
 def _identity(content: Fields, tensors: dict[str, np.ndarray]) -> bytes:
-    named = {name: content[name] for name in ("format", "model", "layers_per_group", "profiles")}
+    said = ("format", "model", "layers_per_group", "profiles", "compaction")
+    named = {name: content[name] for name in said if name in content}
     digest = hashlib.sha256(canonical(named))
     for name in sorted(tensors):
         array = tensors[name]
-        shape = f"({array.shape[0]},)" if array.ndim == 1 else f"({array.shape[0]}, {array.shape[1]})"
+        shape = f"({array.shape[0]},)" if array.ndim == 1 else f"({', '.join(map(str, array.shape))})"
         digest.update(f"\n{name} {array.dtype.name} {shape}\n".encode() + array.tobytes())
     return digest.digest()

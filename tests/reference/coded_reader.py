@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from reference.bundle_reader import frequencies, n_features, read_bundle
 from reference.frame_reader import (
+    ALL_LAYERS,
     CODED,
     DTYPES,
     KEY_PLANE,
@@ -25,8 +26,18 @@ from reference.frame_reader import (
 )
 
 Fields = dict[str, Any]
+N_SINKS = 4  # positions
 KINDS_OF = {"keys": (SINK_KEYS, KEY_PLANE), "values": (SINK_VALUES, VALUE_PLANE)}
 LIMIT = 1e30
+
+
+class Plane(NamedTuple):
+    """What codes the rows of a plane: of kept components only."""
+
+    steps: np.ndarray
+    scales: list[int]
+    inverse: np.ndarray
+    mean: np.ndarray
 
 
 class Table(NamedTuple):
@@ -48,13 +59,18 @@ def read_coded(frame: bytes, bundle_file: bytes) -> Fields:
         raise Unsupported("not a CODED frame")
     if found["bundle_id"] != bundle["id"] or found["profile"] not in bundle["profiles"]:
         raise Unsupported("another bundle, or another profile")
-    _check_block(found, bundle)
+    check_block(found, bundle)
     result: Fields = {**found, "symbols": {}, "tensors": {}, "exact": {}, "tolerance": {}}
     for side in KINDS_OF:
         _read_side(side, found, bundle, result)
-    for section in found["sections"]:
+    return with_opaque(result)
+
+
+def with_opaque(result: Fields) -> Fields:
+    """Adds the opaque tensors to the others."""
+    for section in result["sections"]:
         if section["kind"] == OPAQUE:
-            if section["name"] in result["tensors"]:
+            if section["name"] in ("keys", "values") or section["name"] in result["tensors"]:
                 raise Corrupt("two tensors of one name")
             result["tensors"][section["name"]] = section["array"]
     return result
@@ -155,7 +171,7 @@ def _pop(state: list[int], lane: int, scale: int, words: Any, escaped: Any) -> i
 # ---- symbols to keys and values
 
 
-def _check_block(found: Fields, bundle: Fields) -> None:
+def check_block(found: Fields, bundle: Fields) -> None:
     heads = bundle["dense"][0]["n_kv_heads"]
     if (found["n_layers"], found["n_kv_heads"]) != (len(bundle["dense"]), heads):
         raise Corrupt("layers or heads of another model")
@@ -163,12 +179,20 @@ def _check_block(found: Fields, bundle: Fields) -> None:
         raise Corrupt("no tokens, or positions that no block has")
 
 
+def sinks_of(found: Fields) -> int:
+    """How many tokens of a block are sinks."""
+    return min(max(N_SINKS - int(found["first_position"]), 0), int(found["n_source_tokens"]))
+
+
+def kv_dtype(bundle: Fields) -> Any:
+    return {name: numpy_dtype for name, numpy_dtype, _ in DTYPES.values()}[bundle["model"]["kv_dtype"]]
+
+
 def _read_side(side: str, found: Fields, bundle: Fields, result: Fields) -> None:
     """Adds what one side has to the result."""
     dense, n_tokens, first = bundle["dense"], found["n_source_tokens"], found["first_position"]
     heads, dim = dense[0]["n_kv_heads"], n_features(side, dense[:1]) // dense[0]["n_kv_heads"]
-    n_sinks = min(max(4 - first, 0), n_tokens)
-    dtype = {name: numpy_dtype for name, numpy_dtype, _ in DTYPES.values()}[bundle["model"]["kv_dtype"]]
+    n_sinks, dtype = sinks_of(found), kv_dtype(bundle)
     sinks = _sinks(found["sections"], KINDS_OF[side][0], (len(dense), heads, n_sinks, dim), dtype)
     planes = [section for section in found["sections"] if section["kind"] == KINDS_OF[side][1]]
     if len(planes) != len(bundle["groups"]):
@@ -178,9 +202,11 @@ def _read_side(side: str, found: Fields, bundle: Fields, result: Fields) -> None
         shape = (n_tokens - n_sinks, n_features(side, layers))
         if (section["layer"], section["shape"]) != (group, shape) or section["dtype"] != np.dtype(dtype).name:
             raise Corrupt("a plane out of order, or of another shape or dtype")
-        symbols, *plane = _read_plane(section["payload"], f"{side}.{group}", shape[0], found, bundle)
+        plane = plane_of(bundle["tensors"], f"{side}.{group}", found["profile"])
+        symbols = read_symbols(section["payload"], shape[0], plane.scales)
         result["symbols"][f"{side}.{group}"] = symbols
-        for numbers, all_of_them in zip(plane, (rows, magnitudes), strict=True):
+        of_plane = rows_of(symbols, plane, bundle["profiles"][found["profile"]]["centroid"])
+        for numbers, all_of_them in zip(of_plane, (rows, magnitudes), strict=True):
             all_of_them.append(numbers.reshape(shape[0], len(layers), heads, dim).transpose(1, 2, 0, 3))
         relative += [(symbols.shape[1] + 12) * 2.0**-24] * len(layers)
     exact, magnitude = np.concatenate(rows), np.concatenate(magnitudes)
@@ -188,10 +214,10 @@ def _read_side(side: str, found: Fields, bundle: Fields, result: Fields) -> None
     for number, layer in enumerate(dense):
         if side == "keys":
             positions = np.arange(first + n_sinks, first + n_tokens)
-            _turn(exact[number], magnitude[number], bound[number], positions, layer)
+            turn(exact[number], magnitude[number], bound[number], positions, layer)
         bound[number] += relative[number] * magnitude[number]
-    exact, rounded, units = _rounded(exact, dtype)
-    result["tensors"][side] = np.concatenate([sinks, rounded], axis=2)
+    exact, tensor, units = rounded(exact, dtype)
+    result["tensors"][side] = np.concatenate([sinks, tensor], axis=2)
     result["exact"][side] = np.concatenate([sinks.astype(np.float64), exact], axis=2)
     result["tolerance"][side] = np.concatenate([np.zeros(sinks.shape), bound + units], axis=2)
 
@@ -203,30 +229,30 @@ def _sinks(sections: list[Fields], kind: int, shape: tuple[int, ...], dtype: Any
     if not found:
         return np.zeros(shape, dtype)
     section = found[0]
-    if (section["layer"], section["shape"]) != (65535, shape) or section["dtype"] != np.dtype(dtype).name:
+    if (section["layer"], section["shape"]) != (ALL_LAYERS, shape) or section["dtype"] != np.dtype(dtype).name:
         raise Corrupt("sinks of another layer, shape or dtype")
     array: np.ndarray = section["array"]
     return array
 
 
-def _read_plane(
-    payload: bytes, at: str, n_rows: int, found: Fields, bundle: Fields
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Symbols, rows, and the M of each number of the rows."""
-    tensors, profile = bundle["tensors"], found["profile"]
-    steps = tensors[f"{profile}.{at}.steps"]
+def plane_of(tensors: Fields, at: str, profile: str, prefix: str = "") -> Plane:
+    steps, scales = (tensors[f"{prefix}{profile}.{at}.{name}"] for name in ("steps", "scales"))
     kept = steps > 0
-    symbols = read_symbols(payload, n_rows, [int(scale) for scale in tensors[f"{profile}.{at}.scales"][kept]])
-    s, centroid = symbols.astype(np.float64), bundle["profiles"][profile]["centroid"]
-    coefficients = np.sign(s) * (np.abs(s) - centroid) * steps[kept].astype(np.float64)
-    inverse, mean = tensors[f"{at}.inverse"][kept].astype(np.float64), tensors[f"{at}.mean"].astype(np.float64)
-    rows = coefficients @ inverse + mean
+    inverse, mean = (tensors[f"{prefix}{at}.{name}"].astype(np.float64) for name in ("inverse", "mean"))
+    return Plane(steps[kept].astype(np.float64), [int(scale) for scale in scales[kept]], inverse[kept], mean)
+
+
+def rows_of(symbols: np.ndarray, plane: Plane, centroid: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, and the M of each of their numbers."""
+    s = symbols.astype(np.float64)
+    coefficients = np.sign(s) * (np.abs(s) - centroid) * plane.steps
+    rows = coefficients @ plane.inverse + plane.mean
     if rows.size and np.abs(rows).max() >= LIMIT:
         raise Corrupt("numbers that no model has")
-    return symbols, rows, np.abs(coefficients) @ np.abs(inverse) + np.abs(mean)
+    return rows, np.abs(coefficients) @ np.abs(plane.inverse) + np.abs(plane.mean)
 
 
-def _turn(rows: np.ndarray, magnitude: np.ndarray, bound: np.ndarray, positions: np.ndarray, layer: Fields) -> None:
+def turn(rows: np.ndarray, magnitude: np.ndarray, bound: np.ndarray, positions: np.ndarray, layer: Fields) -> None:
     """Gives rows [head, token, dim] their rotary positions, in place; adds to the bound how far off angles may be."""
     interleaved, dims = layer.get("rope", {}).get("interleaved", False), layer.get("rope", {}).get("dims", 0)
     for i, theta in enumerate(frequencies(layer)):
@@ -239,7 +265,7 @@ def _turn(rows: np.ndarray, magnitude: np.ndarray, bound: np.ndarray, positions:
         bound[..., pair] += 2.0**-50 * angle[:, None] * magnitude[..., pair]
 
 
-def _rounded(exact: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def rounded(exact: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is beyond the KV dtype's largest number as that; the same in the KV dtype; units in the last place."""
     limits = ml_dtypes.finfo(dtype)
     bounded = np.clip(exact, -float(limits.max), float(limits.max))

@@ -1,5 +1,6 @@
-"""A second reader of frames, written from docs/format.md alone: slow, and obviously right. Planes are coded_reader's.
+"""A second reader of frames, written from docs/format.md alone: slow, and obviously right.
 
+What is transform coded is left to coded_reader and compacted_reader.
 It shares no code with kvcached on purpose, so that a mistake has to be made twice to go unseen.
 """
 
@@ -29,10 +30,17 @@ MAX_DIMS = 8
 
 FIDELITIES = (COMPACTED, CODED, EXACT) = (1, 2, 3)
 KEYS, VALUES, SINK_KEYS, SINK_VALUES, KEY_PLANE, VALUE_PLANE, OPAQUE = 1, 2, 3, 4, 5, 6, 16
+KEPT, BIAS, KEY_ROWS, VALUE_ROWS = 7, 8, 9, 10
+ALL_LAYERS = 65535
 LOSSLESS, TRANSFORM = 1, 2
 CODINGS = {
-    **dict.fromkeys((KEYS, VALUES, SINK_KEYS, SINK_VALUES, OPAQUE), LOSSLESS),
-    **dict.fromkeys((KEY_PLANE, VALUE_PLANE), TRANSFORM),
+    **dict.fromkeys((KEYS, VALUES, SINK_KEYS, SINK_VALUES, KEPT, BIAS, OPAQUE), LOSSLESS),
+    **dict.fromkeys((KEY_PLANE, VALUE_PLANE, KEY_ROWS, VALUE_ROWS), TRANSFORM),
+}
+KINDS_IN = {
+    EXACT: (KEYS, VALUES, OPAQUE),
+    CODED: (SINK_KEYS, SINK_VALUES, KEY_PLANE, VALUE_PLANE, OPAQUE),
+    COMPACTED: (SINK_KEYS, SINK_VALUES, KEPT, BIAS, KEY_ROWS, VALUE_ROWS, OPAQUE),
 }
 DTYPES: dict[int, tuple[str, Any, int]] = {
     1: ("float16", np.float16, 2),
@@ -67,7 +75,7 @@ def read_frame(frame: bytes) -> Fields:
     if payloads_start + sum(record["payload_bytes"] for record in records) != len(frame):
         raise Corrupt("the payloads do not end where the frame ends")
     _check_kinds(header, records)
-    if header["fidelity"] != CODED:
+    if header["fidelity"] == EXACT:
         _check_dense(header, records)
     return {**header, "sections": _read_sections(frame, payloads_start, records)}
 
@@ -184,8 +192,7 @@ def _utf8(data: bytes) -> str:
 
 def _check_kinds(header: Fields, records: list[Fields]) -> None:
     """No section of another fidelity."""
-    others = (KEYS, VALUES) if header["fidelity"] == CODED else (SINK_KEYS, SINK_VALUES, KEY_PLANE, VALUE_PLANE)
-    if any(record["kind"] in others for record in records):
+    if any(record["kind"] not in KINDS_IN[header["fidelity"]] for record in records):
         raise Corrupt("a section that does not belong into a frame of this fidelity")
 
 

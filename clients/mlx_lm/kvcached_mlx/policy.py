@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kvcached_client import Block, FidelityKind, Match, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client.protocol import check_am_ratio
 
 _AFTER_COMPACTION = "compacted-"  # what the names of such profiles begin with
 
@@ -18,6 +19,8 @@ class Policy:
     tokens at its end are left to compute. store_as: "exact", a profile, or a profile after compaction ("compacted-x8");
     empty: as the daemon's settings say. am_ratio: of the last, tokens before over tokens after; 0: as the daemon's
     settings say. min_tokens: shorter prefixes are not restored.
+
+    Raises ValueError for an am_ratio that is none.
     """
 
     floor: FidelityKind = FidelityKind.CODED
@@ -26,18 +29,22 @@ class Policy:
     am_ratio: float = 0.0
     min_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        if self.am_ratio:
+            check_am_ratio(self.am_ratio)
+
     @property
     def accepts_compacted(self) -> bool:
         return self.floor == FidelityKind.COMPACTED
 
     @property
-    def min_fidelity(self) -> FidelityKind:
-        """What blocks are to be stored as at the least: who is never given compacted ones has none made."""
-        return FidelityKind.COMPACTED if self.accepts_compacted else FidelityKind.CODED
-
-    @property
     def compacts(self) -> bool:
         return self.store_as.startswith(_AFTER_COMPACTION)
+
+    @property
+    def least_stored(self) -> FidelityKind:
+        """Below it the daemon must not store what is put, whatever its settings: it could not be restored."""
+        return FidelityKind.COMPACTED if self.accepts_compacted or self.compacts else FidelityKind.CODED
 
     def without_compaction(self) -> "Policy":
         """The same for an engine that cannot go on from compacted blocks: profiles alone."""
@@ -62,7 +69,7 @@ class Policy:
 
     def held(self, match: Match, lineages: Sequence[FidelityKind]) -> set[bytes]:
         """The blocks of a match that a put would not improve on; lineages: of what would be put, block by block."""
-        least = self.min_fidelity
+        least = self.least_stored
         if self.store_as == "exact":
             least = FidelityKind.EXACT
         elif self.store_as and not self.compacts:

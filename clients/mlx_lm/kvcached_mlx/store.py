@@ -240,7 +240,7 @@ class PromptStore:
 
     def _send(self, taken: list[Block]) -> None:
         request_id = uuid.uuid4().hex[:16]
-        wish: dict[str, Any] = {"store_as": self.policy.store_as, "min_fidelity": self.policy.min_fidelity}
+        wish: dict[str, Any] = {"store_as": self.policy.store_as, "min_fidelity": self.policy.least_stored}
         if self.policy.compacts and self.policy.am_ratio:
             wish["am_ratio"] = self.policy.am_ratio
         results = self.client.put(taken, **wish, request_id=request_id)

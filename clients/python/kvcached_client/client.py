@@ -207,16 +207,15 @@ class Client:
 
         store_as: "exact", a profile or "compacted-" with one, of `store_as_bundle` if that is given; otherwise as the
         daemon's settings say. am_ratio: with a compacted one, tokens before over tokens after, 1 to 8; None: likewise.
-        min_fidelity: they are stored so or better, whatever is said of them elsewhere; None: that may be anything.
+        min_fidelity: the daemon may store the blocks at this or better; None: its own choice.
         At most `limits.in_flight_bytes` (but one block at least) are sent ahead of their results.
 
         Raises:
             ValueError: a block that no daemon could be sent: a dtype without a name, a token id out of range; or an
                 am_ratio that is none.
         """
-        wish: dict[str, Any] = {"store_as": store_as, "store_as_bundle": store_as_bundle}
-        if min_fidelity is not None:
-            wish["min_fidelity"] = kind_to_proto(min_fidelity)
+        least = kind_to_proto(min_fidelity) if min_fidelity else pb.FIDELITY_KIND_UNSPECIFIED
+        wish = {"store_as": store_as, "store_as_bundle": store_as_bundle, "min_fidelity": least}
         ratio = 0.0 if am_ratio is None else check_am_ratio(am_ratio)
         request_id = _printable(request_id) or uuid.uuid4().hex[:16]
         upload = _Upload(self, blocks, **wish, am_ratio=ratio, request_id=request_id)
