@@ -241,6 +241,29 @@ def test_what_is_put_to_be_compacted_comes_with_its_ratio_and_queries(
     assert [b - a for a, b in zip(before, after, strict=True)] == [6, 1]
 
 
+@pytest.mark.parametrize("weight", [0.0, np.nan, np.inf], ids=["all equal", "not a number", "infinite"])
+def test_in_place_of_queries_that_say_nothing_the_bundles_are_used_and_that_is_counted(
+    llama: tuple[Any, ModelSpec], opened: Open, shared_daemon: DaemonProcess, weight: float
+) -> None:
+    model, _ = llama
+    store, sources = opened(), ("engine", "unusable", "bundle")
+    before = [counter(shared_daemon, "compacted_blocks", queries=source) for source in sources]
+    asking = [layer.self_attn.q_proj for layer in model.layers[0 if weight == 0 else -1 :]]
+    weights = [projection.weight for projection in asking]
+    for projection in asking:  # of the last layer none but the queries can be what no number is
+        projection.weight = mx.full(projection.weight.shape, weight, projection.weight.dtype)
+    cache = computed(model, TOKENS)
+    for projection, right in zip(asking, weights, strict=True):
+        projection.weight = right
+    assert offload(store, TOKENS, cache) == 7
+    assert kinds(store) == [COMPACTED] * 7
+    after = [counter(shared_daemon, "compacted_blocks", queries=source) for source in sources]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, 6, 1]
+    restored, n_restored = store.restore([*TOKENS, 1])
+    assert n_restored == 6 * BLOCK
+    assert mx.all(mx.isfinite(prefill(model, restored, TOKENS[n_restored:])))
+
+
 def test_what_would_not_be_restored_is_not_compacted(
     llama: tuple[Any, ModelSpec], shared_daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
