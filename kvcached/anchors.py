@@ -1,8 +1,9 @@
 """How compacted blocks are coded, fitted to a few blocks that were compacted: planes, bases, steps and tables. Pure.
 
 Bases come from the moments of all tokens, which `calibration` has anyway: those of the heads of a plane are a part of
-those of their group of layers. Steps and tables come from the rows that compaction leaves. A row that stands for many
-tokens is read more, so that an error in it weighs more: by how much is measured as well.
+those of their group of layers. Where `prediction` helps, a basis is that of what it leaves. Steps and tables come from
+the rows that compaction leaves. A row that stands for many tokens is read more, so that an error in it weighs more: by
+how much is measured as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from kvcached import codec, steps
+from kvcached import codec, prediction, steps
 from kvcached.block import Fidelity, FidelityKind, KVBlock, ModelSpec
 from kvcached.codec import attention, compacted, compaction, klt, planes
 from kvcached.codec.compaction import BlockQueries, Budgets
 from kvcached.codec.compactor import ANCHORS, Anchor, Compaction, Compactor, HeadPlane, solve_budgets
 from kvcached.codec.tables import SIDES, PlaneCoder, Profile, Tables, storable
 from kvcached.errors import CorruptFrameError
+from kvcached.prediction import PlaneSample
 from kvcached_client.tensors import DTYPES
 
 WHOLE = 7 / 8  # of its tokens: a head whose budget is above that keeps all
@@ -71,14 +73,24 @@ def _anchor(outline: Compaction, fitting: Fitting, ratio: int, targets: Mapping[
     together = np.zeros(first.shape, bool)
     together.reshape(-1)[[head for plane in heads if len(plane) > 1 for head in plane]] = True
     budgets = solve_budgets(outline.curves, outline.fractions, spec.block_size, float(ratio), together)
-    bases = {side: tuple(_basis(plane, fitting, side) for plane in heads) for side in SIDES}
-    coder = _draft(outline, spec, budgets, heads, bases)
-    samples = _samples(coder, fitting)
+    coder = _draft(outline, spec, budgets, heads, fitting)
+    samples, leaders = _samples(coder, fitting), _leaders(heads, fitting)
+    bits = {name: _bits_per_value(float(target * ratio), budgets, spec) for name, target in targets.items()}
+    coarse = steps.choose([one.sample for side in SIDES for one in samples[side]], min(bits.values()), None)
+    found = prediction.fit(samples, coarse, leaders, spec.block_size)
     profiles = {
-        name: _profile(samples, target, _bits_per_value(float(target * ratio), budgets, spec), len(heads))
+        name: _profile(steps.choose([one.sample for one in found.values()], bits[name], None), target, len(heads))
         for name, target in targets.items()
     }
-    return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(targets, float("inf")))
+    return Anchor(
+        heads=heads,
+        keys=tuple(one.basis for (side, _), one in found.items() if side == "keys"),
+        values=tuple(one.basis for (side, _), one in found.items() if side == "values"),
+        profiles=profiles,
+        bounds=dict.fromkeys(targets, float("inf")),
+        leaders=leaders,
+        predictors={place: one.predictor for place, one in found.items() if one.predictor is not None},
+    )
 
 
 def _planes(budgets: Budgets, fitting: Fitting) -> tuple[tuple[int, ...], ...]:
@@ -112,14 +124,11 @@ def _features(plane: tuple[int, ...], fitting: Fitting, side: str) -> tuple[int,
 
 
 def _draft(
-    outline: Compaction,
-    spec: ModelSpec,
-    budgets: Budgets,
-    heads: Sequence[tuple[int, ...]],
-    bases: Mapping[str, Sequence[klt.Basis]],
+    outline: Compaction, spec: ModelSpec, budgets: Budgets, heads: Sequence[tuple[int, ...]], fitting: Fitting
 ) -> Compactor:
     """A compactor without tables, to compact the sample with."""
     nothing = Tables(np.zeros(0, np.float32), np.zeros(0, np.uint8))
+    bases = {side: [_basis(plane, fitting, side) for plane in heads] for side in SIDES}
     coders = {side: [PlaneCoder(basis, nothing, len(basis.mean)) for basis in bases[side]] for side in SIDES}
     return Compactor(
         spec=spec,
@@ -134,28 +143,63 @@ def _draft(
     )
 
 
-def _samples(coder: Compactor, fitting: Fitting) -> list[steps.Sample]:
-    """Coefficients of the rows that compaction leaves of the blocks: planes of keys, then planes of values."""
-    rows: dict[str, list[list[np.ndarray]]] = {side: [[] for _ in coder.planes] for side in SIDES}
+class _Found:
+    """Rows of one plane, block after block: of all tokens and of those that compaction leaves."""
+
+    def __init__(self) -> None:
+        self.every: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+        self.kept: dict[str, list[np.ndarray]] = {side: [] for side in SIDES}
+        self.tokens: list[np.ndarray] = []
+
+
+def _samples(coder: Compactor, fitting: Fitting) -> dict[str, list[PlaneSample]]:
+    """By side, plane by plane."""
+    found = [_Found() for _ in coder.planes]
     read = np.zeros((2, coder.budgets.size))
-    for block in fitting.blocks:
+    for n, block in enumerate(fitting.blocks):
         queries = codec.reservoir(block, coder)
         small = compaction.compact(block, coder.spec, coder.budgets, queries)
         read += _read(block, small, coder, queries)
-        plain = {"keys": compacted.plain_keys(small, coder), "values": small.values.astype(np.float32)}
-        of_heads = list(compaction.rows_of_heads(small))
-        for side in SIDES:
-            for plane, found in zip(coder.planes, rows[side], strict=True):
-                found.append(np.concatenate([plain[side][of_heads[head]] for head in plane.heads], axis=1))
-    samples = []
-    for side in SIDES:
-        for plane, found in zip(coder.planes, rows[side], strict=True):
-            group, _ = _features(plane.heads, fitting, side)
-            heads = list(plane.heads)
-            weight = fitting.sides[side].scales[group] * float(read[1][heads].sum() / read[0][heads].sum())
-            basis = getattr(plane, side).basis
-            samples.append(steps.Sample(klt.project(np.concatenate(found), basis), weight))
-    return samples
+        every, kept = _rows_of_planes(block, coder), _rows_of_planes(small, coder)
+        rows_of_heads = list(compaction.rows_of_heads(small))
+        for i, plane in enumerate(coder.planes):
+            for side in SIDES:
+                found[i].every[side].append(every[side][i])
+                found[i].kept[side].append(kept[side][i])
+            positions = small.positions[rows_of_heads[plane.heads[0]]]
+            found[i].tokens.append(positions - block.first_position + n * block.n_source_tokens)
+    return {
+        side: [_sample(*each, side, read, fitting) for each in zip(coder.planes, found, strict=True)] for side in SIDES
+    }
+
+
+def _rows_of_planes(block: KVBlock, coder: Compactor) -> dict[str, list[np.ndarray]]:
+    """By side, plane by plane, heads side by side."""
+    plain, of_heads = compacted.plain_rows(block, coder), list(compaction.rows_of_heads(block))
+    return {
+        side: [np.concatenate([plain[side][of_heads[h]] for h in plane.heads], axis=1) for plane in coder.planes]
+        for side in SIDES
+    }
+
+
+def _sample(plane: HeadPlane, found: _Found, side: str, read: np.ndarray, fitting: Fitting) -> PlaneSample:
+    group, features = _features(plane.heads, fitting, side)
+    before, after = read[:, list(plane.heads)].sum(axis=1)
+    return PlaneSample(
+        every=np.concatenate(found.every[side]),
+        kept=np.concatenate(found.kept[side]),
+        tokens=np.concatenate(found.tokens).astype(np.int64),
+        basis=getattr(plane, side).basis,
+        metric=fitting.sides[side].metrics[group][np.ix_(features, features)],
+        weight=fitting.sides[side].scales[group] * float(after / before),
+    )
+
+
+def _leaders(heads: Sequence[tuple[int, ...]], fitting: Fitting) -> tuple[int | None, ...]:
+    """For each plane of one head that of heads which keep all tokens in its group of layers, if there is one."""
+    per_group = fitting.layers_per_group * fitting.spec.dense_shapes()["keys"][1]
+    whole = {plane[0] // per_group: i for i, plane in enumerate(heads) if len(plane) > 1}
+    return tuple(whole.get(plane[0] // per_group) if len(plane) == 1 else None for plane in heads)
 
 
 def _read(block: KVBlock, small: KVBlock, coder: Compactor, queries: BlockQueries) -> Float32[np.ndarray, "2 n_heads"]:
@@ -178,8 +222,7 @@ def _bits_per_value(compression: float, budgets: Budgets, spec: ModelSpec) -> fl
     return (source_bits / compression - aside) / (int(budgets.sum()) * dims)
 
 
-def _profile(samples: Sequence[steps.Sample], target: float, budget: float, n_planes: int) -> Profile:
-    choice = steps.choose(samples, budget, None)
+def _profile(choice: steps.Choice, target: float, n_planes: int) -> Profile:
     tables = [Tables(*each) for each in zip(choice.steps, choice.scales, strict=True)]
     return Profile(target, steps.DEAD_ZONE, steps.CENTROID, tuple(tables[:n_planes]), tuple(tables[n_planes:]))
 

@@ -1,13 +1,14 @@
 """What compaction takes, made up for small models: bases that change nothing, fine steps. Nothing here asserts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
 from kvcached.block import ModelSpec
 from kvcached.codec.bundle import Bundle
-from kvcached.codec.compactor import ANCHORS, COMPACTED_PROFILES, Anchor, Compaction
+from kvcached.codec.compactor import ANCHORS, COMPACTED_PROFILES, Anchor, Compaction, Predictor
 from kvcached.codec.klt import Basis
 from kvcached.codec.tables import SIDES, Profile, Tables
 
@@ -53,7 +54,27 @@ def _anchor(spec: ModelSpec, n_heads: int, step: float, bound: float, whole: Seq
     for coarser, name in enumerate(COMPACTED_PROFILES, 1):
         tables = {side: tuple(_tables(len(basis.mean), step * coarser) for basis in bases[side]) for side in SIDES}
         profiles[name] = Profile(11.0 * coarser, 0.5, 0.0, tables["keys"], tables["values"])
-    return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(profiles, bound))
+    leaders = tuple(0 if whole and len(plane) == 1 else None for plane in heads)
+    predictors = make_predictors(np.random.default_rng(0), heads, leaders, dims)
+    return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(profiles, bound), leaders, predictors)
+
+
+def make_predictors(
+    rng: np.random.Generator,
+    heads: Sequence[tuple[int, ...]],
+    leaders: Sequence[int | None],
+    dims: Mapping[str, int],
+    share: float = 1.0,
+) -> dict[tuple[str, int], Predictor]:
+    """Of small numbers, for a share of the planes that can have one; values without a leader from keys alone."""
+    found = {}
+    for side, (i, leader) in product(SIDES, enumerate(leaders)):
+        n_known = 0 if leader is None else len(heads[leader]) * sum(dims.values())
+        n_known += len(heads[i]) * dims["keys"] if side == "values" else 0
+        if n_known and rng.random() < share:
+            matrix = rng.uniform(-0.3, 0.3, (n_known, len(heads[i]) * dims[side]))
+            found[side, i] = matrix.astype(np.float16).astype(np.float32)
+    return found
 
 
 def _unchanged(n: int) -> Basis:

@@ -8,7 +8,7 @@
 Keys lose their rotary positions, each at its own. Sinks and opaque tensors are kept exactly, as in `coded`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,12 +44,12 @@ def to_sections(block: KVBlock, coder: Compactor, zstd_level: int) -> Iterator[S
     layout = _Layout(_kept(block), coder, block.first_position)
     yield exact.section_of(SectionKind.KEPT, np.packbits(layout.kept, axis=1), zstd_level)
     yield exact.section_of(SectionKind.BIAS, _bias_steps(block, layout), zstd_level)
-    rows = {"keys": plain_keys(block, coder), "values": block.values.astype(np.float32)}
+    symbols, _ = _coded(block, layout, coder)
     for side in SIDES:
         tensor: Shaped[np.ndarray, ...] = getattr(block, side)
         if layout.sinks.size:
             yield exact.section_of(_SINKS[side], tensor[layout.sinks], zstd_level)
-        payload = _encode(rows[side], layout, coder, side)
+        payload = _encode(symbols[side], layout, coder, side)
         shape = (layout.n_coded, tensor.shape[-1])
         yield Section(_ROWS[side], Coding.TRANSFORM, tensor.dtype, shape, payload)
     yield from exact.opaque_sections(block.opaque, zstd_level)
@@ -67,9 +67,10 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
         layout = _Layout(kept, coder, header.first_position)
     except ValueError as error:
         raise CorruptFrameError(str(error)) from None
+    symbols = {side: _read_symbols(found, layout, coder, side) for side in SIDES}
+    rows = _restored(lambda i, side, _: symbols[side][i], layout, coder)
     block = KVBlock(
-        keys=_read_rows(found, layout, coder, "keys"),
-        values=_read_rows(found, layout, coder, "values"),
+        **rows,
         positions=(header.first_position + np.nonzero(kept)[1]).astype(np.int32),
         bias=_read_bias(found, layout),
         lengths=kept.sum(axis=1).astype(np.int32).reshape(heads),
@@ -89,22 +90,26 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Compactor)
 
 def seen_keys(picked: KVBlock, coder: Compactor) -> Rows:
     """The keys of picked rows as whoever decodes them will have them, in float32. Raises what `to_sections` does."""
-    layout = _Layout(_kept(picked), coder, picked.first_position)
-    rows = _rows_of(_symbols(plain_keys(picked, coder), layout, coder, "keys"), layout, coder, "keys")
-    turned = _turned(rows, picked, coder, inverse=False)
-    return _with_sinks(turned, picked.keys[layout.sinks], layout).astype(np.float32)
+    return seen(picked, coder).keys
 
 
 def seen(small: KVBlock, coder: Compactor) -> KVBlock:
     """A compacted block as whoever decodes it will have it, keys in float32. Raises what `to_sections` does."""
     layout = _Layout(_kept(small), coder, small.first_position)
-    rows = _rows_of(_symbols(small.values.astype(np.float32), layout, coder, "values"), layout, coder, "values")
-    return replace(small, keys=seen_keys(small, coder), values=_with_sinks(rows, small.values[layout.sinks], layout))
+    _, rows = _coded(small, layout, coder)
+    block = replace(small, keys=rows["keys"], values=rows["values"])
+    keys = _turned(block.keys, block, coder, inverse=False)
+    return replace(
+        block,
+        keys=_with_sinks(keys, small.keys[layout.sinks], layout).astype(np.float32),
+        values=_with_sinks(block.values, small.values[layout.sinks], layout),
+    )
 
 
-def plain_keys(block: KVBlock, coder: Compactor) -> Rows:
-    """Keys without rotary positions, in float32."""
-    return _turned(block.keys.astype(np.float32), block, coder, inverse=True)
+def plain_rows(block: KVBlock, coder: Compactor) -> dict[str, Rows]:
+    """Keys without rotary positions, and values, in float32."""
+    keys = _turned(block.keys.astype(np.float32), block, coder, inverse=True)
+    return {"keys": keys, "values": block.values.astype(np.float32)}
 
 
 class _Layout:
@@ -124,6 +129,9 @@ class _Layout:
         self.n_rows, self.n_coded = int(ends[-1]), int(ends[-1]) - n_heads * n_sinks
         self.sinks: Where = (starts[:, None] + np.arange(n_sinks)).reshape(-1)
         self.of_planes = [np.stack([of_heads[head] for head in plane.heads], axis=1) for plane in coder.planes]
+        self.order = sorted(range(len(coder.planes)), key=lambda i: coder.planes[i].leader is not None)
+        # of the rows of a plane, among the rows of one that keeps all tokens
+        self.tokens = [np.nonzero(kept[plane.heads[0], n_sinks:])[0] for plane in coder.planes]
         ragged = [rows for rows, of_head in zip(of_heads, kept, strict=True) if not of_head.all()]
         self.biased: Where = np.concatenate([np.zeros(0, np.int64), *ragged])
 
@@ -184,52 +192,83 @@ def _with_sinks(
     return whole
 
 
-def _encode(rows: Rows, layout: _Layout, coder: Compactor, side: str) -> bytes:
-    symbols = [of_plane.T.reshape(-1) for of_plane in _symbols(rows, layout, coder, side)]
-    return entropy.encode(np.concatenate(symbols)[None], np.concatenate(_scales(layout, coder, side)))
+def _coded(block: KVBlock, layout: _Layout, coder: Compactor) -> tuple[dict[str, list[Symbols]], dict[str, Rows]]:
+    """Symbols of each plane, by side, and the rows that they stand for. Inverse, to the coder's loss: `_restored`."""
+    rows = plain_rows(block, coder)
+    symbols: dict[str, list[Symbols]] = {side: [np.zeros((0, 0), np.int32)] * len(coder.planes) for side in SIDES}
+
+    def quantized(i: int, side: str, expected: Rows | np.float32) -> Symbols:
+        one: PlaneCoder = getattr(coder.planes[i], side)
+        coefficients = klt.project(_rows_of(i, rows[side], one, layout) - expected, one.basis)
+        symbols[side][i] = quantize.quantize(coefficients, one.tables.steps, coder.dead_zone)
+        return symbols[side][i]
+
+    restored = _restored(quantized, layout, coder)
+    return symbols, restored
 
 
-def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side: str) -> Rows:
-    """Inverse of `_encode`; rows of sinks are 0."""
-    scales = _scales(layout, coder, side)
-    symbols = entropy.decode(payload, 1, np.concatenate(scales))[0]
-    parts = np.split(symbols, np.cumsum([len(part) for part in scales])[:-1])
-    sizes = [
-        (len(getattr(plane, side).tables.steps), len(w))
-        for plane, w in zip(coder.planes, layout.of_planes, strict=True)
-    ]
-    found = [part.reshape(size).T for part, size in zip(parts, sizes, strict=True)]
-    return _rows_of(found, layout, coder, side)
+def _restored(
+    symbols: Callable[[int, str, Rows | np.float32], Symbols], layout: _Layout, coder: Compactor
+) -> dict[str, Rows]:
+    """Rows of all heads, by side, those of sinks 0. symbols: of a plane and side, given what its rows should be.
+
+    Planes that others are predicted from come first, keys before values.
+    """
+    dims = {side: coder.spec.dense_shapes()[side][-1] for side in SIDES}
+    rows = {side: np.zeros((layout.n_rows, dims[side]), np.float32) for side in SIDES}
+    with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite; rows are looked at below
+        for i in layout.order:
+            for side in SIDES:
+                one: PlaneCoder = getattr(coder.planes[i], side)
+                expected = _expected(i, side, rows, layout, coder)
+                found = quantize.dequantize(symbols(i, side, expected), one.tables.steps, coder.centroid)
+                of_plane = klt.reconstruct(found, one.basis) + expected
+                rows[side][layout.of_planes[i].reshape(-1)] = of_plane.reshape(-1, dims[side])
+    for of_side in rows.values():
+        if of_side.size and not max(of_side.max(), -of_side.min()) < _MAX_MAGNITUDE:  # catches NaN too
+            raise CorruptFrameError("rows decode to numbers that no model has")
+    return rows
+
+
+def _expected(i: int, side: str, rows: Mapping[str, Rows], layout: _Layout, coder: Compactor) -> Rows | np.float32:
+    """What a plane's rows should be, going by those of its leader at the same tokens; values by its keys too."""
+    plane = coder.planes[i]
+    if side not in plane.predictors:
+        return np.float32(0)
+    known = [_rows_of(i, rows["keys"], plane.keys, layout)] if side == "values" else []
+    if plane.leader is not None:
+        leader = coder.planes[plane.leader]
+        of_leader = (_rows_of(plane.leader, rows[s], getattr(leader, s), layout) for s in SIDES)
+        known = [each[layout.tokens[i]] for each in of_leader] + known
+    found: Rows = np.concatenate(known, axis=1) @ plane.predictors[side]
+    return found
+
+
+def _rows_of(i: int, rows: Rows, one: PlaneCoder, layout: _Layout) -> Rows:
+    """Those of a plane, heads side by side."""
+    where = layout.of_planes[i]
+    of_plane: Rows = rows[where].reshape(len(where), one.n_features)
+    return of_plane
 
 
 def _scales(layout: _Layout, coder: Compactor, side: str) -> list[UInt8[np.ndarray, " _n"]]:
-    """Of the symbols of each plane."""
-    planes_and_rows = zip(coder.planes, layout.of_planes, strict=True)
-    return [np.repeat(getattr(plane, side).tables.scales, len(where)) for plane, where in planes_and_rows]
+    """The scale index of each symbol of each plane, component by component."""
+    tables = (getattr(plane, side).tables for plane in coder.planes)
+    return [np.repeat(one.scales, len(where)) for one, where in zip(tables, layout.of_planes, strict=True)]
 
 
-def _symbols(rows: Rows, layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
-    """Of each plane. Inverse, to the coder's loss: `_rows_of`."""
-    symbols = []
-    for plane, where in zip(coder.planes, layout.of_planes, strict=True):
-        one: PlaneCoder = getattr(plane, side)
-        with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-            coefficients = klt.project(rows[where].reshape(len(where), one.n_features), one.basis)
-        symbols.append(quantize.quantize(coefficients, one.tables.steps, coder.dead_zone))
-    return symbols
+def _encode(symbols: Sequence[Symbols], layout: _Layout, coder: Compactor, side: str) -> bytes:
+    """One stream of all planes. Inverse: `_decode`."""
+    flat = np.concatenate([plane.T.reshape(-1) for plane in symbols])
+    return entropy.encode(flat[None], np.concatenate(_scales(layout, coder, side)))
 
 
-def _rows_of(symbols: Sequence[Symbols], layout: _Layout, coder: Compactor, side: str) -> Rows:
-    dim = coder.spec.dense_shapes()[side][-1]
-    rows = np.zeros((layout.n_rows, dim), np.float32)
-    for plane, where, of_plane in zip(coder.planes, layout.of_planes, symbols, strict=True):
-        one: PlaneCoder = getattr(plane, side)
-        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-            restored = klt.reconstruct(quantize.dequantize(of_plane, one.tables.steps, coder.centroid), one.basis)
-        rows[where.reshape(-1)] = restored.reshape(-1, dim)
-    if rows.size and not max(rows.max(), -rows.min()) < _MAX_MAGNITUDE:  # catches NaN too
-        raise CorruptFrameError("rows decode to numbers that no model has")
-    return rows
+def _decode(payload: bytes | memoryview, layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
+    scales = _scales(layout, coder, side)
+    flat = entropy.decode(payload, 1, np.concatenate(scales))[0]
+    parts = np.split(flat, np.cumsum([len(part) for part in scales])[:-1])
+    ranks = [len(getattr(plane, side).tables.steps) for plane in coder.planes]
+    return [p.reshape(rank, len(rows)).T for p, rank, rows in zip(parts, ranks, layout.of_planes, strict=True)]
 
 
 def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> Rows:
@@ -242,13 +281,10 @@ def _turned(rows: Rows, block: KVBlock, coder: Compactor, *, inverse: bool) -> R
     return turned
 
 
-def _read_rows(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> Rows:
-    return _decode(_take_rows(found, layout.n_coded, coder, side).payload, layout, coder, side)
-
-
-def _take_rows(found: "_Sections", n_coded: int, coder: Compactor, side: str) -> Section:
-    shape = (n_coded, coder.spec.dense_shapes()[side][-1])
-    return found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype])
+def _read_symbols(found: "_Sections", layout: _Layout, coder: Compactor, side: str) -> list[Symbols]:
+    shape = (layout.n_coded, coder.spec.dense_shapes()[side][-1])
+    payload = found.take(_ROWS[side], Coding.TRANSFORM, shape, DTYPES[coder.spec.kv_dtype]).payload
+    return _decode(payload, layout, coder, side)
 
 
 class _Sections:

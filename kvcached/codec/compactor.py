@@ -8,11 +8,13 @@ budgets of the other heads vary. A ratio takes the anchor above it, whose whole 
               .queries f16[layers query_heads n dim]                  reservoir, without rotary positions
               .output_metric f32[layers heads dim dim]
               .{anchor}.{side}.{plane}.*                              a basis
+              .{anchor}.{side}.{plane}.predictor f16[known features]  if its rows are predicted from others
               .{anchor}.{profile}.{side}.{plane}.*                    its tables
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -41,14 +43,23 @@ ANCHORS = (2, 4, 8)  # ratios
 _AT = "compaction"
 _MAX_FRACTIONS, _MAX_QUERIES = 64, 4096
 
+Predictor = Float32[np.ndarray, "_n_known _n_features"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadPlane:
-    """What codes the rows of one head, or of several that keep every token: heads are counted over all layers."""
+    """What codes the rows of one head, or of several that keep every token: heads are counted over all layers.
+
+    leader: the plane, of heads that keep every token, from whose rows at the same tokens, keys beside values, this
+    one's are predicted; values from this one's keys besides, with a leader or without. What is coded is what the
+    prediction misses, everything where there is no predictor.
+    """
 
     heads: tuple[int, ...]
     keys: PlaneCoder
     values: PlaneCoder
+    leader: int | None = None
+    predictors: Mapping[str, Predictor] = field(default_factory=dict)  # by side
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +90,12 @@ class Anchor:
     values: tuple[Basis, ...]
     profiles: Mapping[str, Profile]
     bounds: Mapping[str, float]
+    leaders: tuple[int | None, ...]  # of each plane
+    predictors: Mapping[tuple[str, int], Predictor] = field(default_factory=dict)  # by side and plane
+
+    def predictors_of(self, plane: int) -> dict[str, Predictor]:
+        """By side."""
+        return {side: self.predictors[side, plane] for side in SIDES if (side, plane) in self.predictors}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +114,16 @@ class Compaction:
         profile = anchor.profiles[fidelity.profile]
         whole = np.zeros(self.curves.shape[:2], bool)
         whole.reshape(-1)[[head for plane in anchor.heads if len(plane) > 1 for head in plane]] = True
-        sides = zip(anchor.heads, anchor.keys, anchor.values, profile.keys, profile.values, strict=True)
+        bases = (anchor.keys, anchor.values, profile.keys, profile.values)
+        sides = zip(anchor.heads, *bases, anchor.leaders, strict=True)
         return Compactor(
             spec=spec,
             fidelity=fidelity,
             budgets=solve_budgets(self.curves, self.fractions, spec.block_size, fidelity.am_ratio, whole),
-            planes=tuple(HeadPlane(heads, plane_coder(k, kt), plane_coder(v, vt)) for heads, k, v, kt, vt in sides),
+            planes=tuple(
+                HeadPlane(heads, plane_coder(k, kt), plane_coder(v, vt), leader, anchor.predictors_of(i))
+                for i, (heads, k, v, kt, vt, leader) in enumerate(sides)
+            ),
             dead_zone=profile.dead_zone,
             centroid=profile.centroid,
             queries=self.queries,
@@ -116,6 +137,7 @@ class Compaction:
             "anchors": {
                 str(ratio): {
                     "heads": [list(heads) for heads in anchor.heads],
+                    "leaders": list(anchor.leaders),
                     "profiles": {
                         name: profile_numbers(profile) | {"bound": float(anchor.bounds[name])}
                         for name, profile in anchor.profiles.items()
@@ -133,6 +155,8 @@ class Compaction:
             for side in SIDES:
                 for plane, basis in enumerate(getattr(anchor, side)):
                     found |= basis_tensors(f"{_AT}.{ratio}.{side}.{plane}", basis)
+            for (side, plane), predictor in anchor.predictors.items():
+                found[f"{_AT}.{ratio}.{side}.{plane}.predictor"] = predictor.astype(np.float16)
             for name, profile in anchor.profiles.items():
                 found |= profile_tensors(f"{_AT}.{ratio}.{name}", profile)
         return found
@@ -206,4 +230,30 @@ def _read_anchor(content: Mapping[str, Any], tensors: Tensors, at: str, spec: Mo
     bounds = {name: float(described[name]["bound"]) for name in profiles}
     if not all(0 <= bound < np.inf for bound in bounds.values()):
         raise ValueError(f"{at} has bounds {bounds}")
-    return Anchor(heads, bases["keys"], bases["values"], profiles, bounds)
+    leaders = _read_leaders(content["leaders"], heads, at)
+    return Anchor(
+        heads, bases["keys"], bases["values"], profiles, bounds, leaders, _read_predictors(tensors, at, bases, leaders)
+    )
+
+
+def _read_leaders(leaders: Sequence[int | None], heads: Sequence[tuple[int, ...]], at: str) -> tuple[int | None, ...]:
+    """Leaders have none themselves, so that they can be decoded first, and all tokens, so that every row finds its."""
+    lead = [i for i, plane in enumerate(heads) if len(plane) > 1 and leaders[i] is None]
+    if len(leaders) != len(heads) or not all(leader is None or leader in lead for leader in leaders):
+        raise ValueError(f"{at} must have a leader, or none, for {len(heads)} planes: one of {lead}, got {leaders!s}")
+    return tuple(leader if leader is None else int(leader) for leader in leaders)
+
+
+def _read_predictors(
+    tensors: Tensors, at: str, bases: Mapping[str, Sequence[Basis]], leaders: Sequence[int | None]
+) -> dict[tuple[str, int], Predictor]:
+    """Those that there are: no plane need have one."""
+    widths = {side: [len(basis.mean) for basis in bases[side]] for side in SIDES}
+    found = {}
+    for side, (i, leader) in product(SIDES, enumerate(leaders)):
+        n_known = 0 if leader is None else widths["keys"][leader] + widths["values"][leader]
+        n_known += widths["keys"][i] if side == "values" else 0
+        name = f"{at}.{side}.{i}.predictor"
+        if name in tensors and n_known:
+            found[side, i] = read_tensor(tensors, name, np.float16, n_known, widths[side][i]).astype(np.float32)
+    return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from codec.recipes import HALVES, LINEAR, NONE, PARTIAL, STATE, Coding, Recipe, Text, basis_of, codings, tables_of
-from compactions import make_compaction
+from compactions import make_compaction, make_predictors
 from hypothesis import strategies as st
 
 from kvcached import codec
@@ -67,7 +67,11 @@ class CompactingRecipe:
         for name, coding in self.profiles.items():
             tables = [tuple(tables_of(rng, basis, coding) for basis in bases[side]) for side in SIDES]
             profiles[name] = Profile(8.0, coding.dead_zone, coding.centroid, *tables)
-        return Anchor(heads, bases["keys"], bases["values"], profiles, dict.fromkeys(profiles, 1e6))
+        lead = [i for i, plane in enumerate(heads) if len(plane) > 1]
+        leaders = tuple(lead[0] if lead and len(plane) == 1 and rng.random() < 0.7 else None for plane in heads)
+        predictors = make_predictors(rng, heads, leaders, dims, share=0.7)
+        bounds = dict.fromkeys(profiles, 1e6)
+        return Anchor(heads, bases["keys"], bases["values"], profiles, bounds, leaders, predictors)
 
 
 def compact_text(compactor: Compactor, text: Text) -> KVBlock:
