@@ -68,7 +68,7 @@ class Policy:
         return -(-n_tokens // size), n_tokens
 
     def held(self, match: Match, lineages: Sequence[FidelityKind]) -> set[bytes]:
-        """The blocks of a match that a put would not improve on; lineages: of what would be put, block by block."""
+        """The blocks of a match that are no worse than what would be put; lineages: of that, block by block."""
         least = self.least_stored
         if self.store_as == "exact":
             least = FidelityKind.EXACT
@@ -77,8 +77,7 @@ class Policy:
         return {
             block_hash
             for block_hash, block, lineage in zip(match.hashes, match.blocks, lineages, strict=False)
-            # One of a better lineage stays, however well ours would be kept: the daemon takes none of a worse one.
-            if (_kind(block.lineage), _kind(block.fidelity.kind)) >= (lineage, least)
+            if _kind(block.lineage) >= lineage and _kind(block.fidelity.kind) >= least
         }
 
 
