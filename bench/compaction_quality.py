@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compacting import Compacted, Kept, active_bytes, every_nth, matching, without_bias
+from compacted_under_test import Compacted, Kept, active_bytes, every_nth, matching, without_bias
 from loss import HeldOut, Interval, Loss, interval, resampled
 from ours import Ours, calibration
 from reference_model import ReferenceModel

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import compaction_cost
 import gemm_ratio
 import plots
 from baselines import Affine, Pr418, lossless
@@ -25,8 +26,9 @@ from ours import Ours, calibration, entropy_overhead
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from under_test import Codec, keep
+from under_test import Codec, Half, keep
 
+from kvcached.block import KVBlock
 from kvcached.codec.bundle import PROFILES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,6 +37,7 @@ LAYERS_PER_GROUP = 6
 TABLE_COMPRESSION = 16.0  # of rows that stand for a whole family
 OUR_SWEEP = (4.0, 8.0, 11.0, 16.0, 24.0, 32.0, 48.0)
 LESSER_SWEEP = (3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+COMPACTED_BLOCKS = 24  # on which compaction is timed
 HELD_AGAINST = ("x8", "x16", "x32")
 
 console = Console(width=180)
@@ -45,9 +48,9 @@ class Codecs:
 
     def __init__(self, bench: Bench) -> None:
         model = bench.model
-        weighted = calibration(model, LAYERS_PER_GROUP)
-        bundle = weighted.fit(PROFILES)
-        self.profiles = {name: Ours(bundle.coder(name)) for name in PROFILES}
+        weighted = calibration(model, LAYERS_PER_GROUP, compacts=True)
+        self.bundle = weighted.fit(PROFILES)
+        self.profiles = {name: Ours(self.bundle.coder(name)) for name in PROFILES}
         unweighted = calibration(model, LAYERS_PER_GROUP, weighted=False)
         one_layer = calibration(model, 1)
         with ThreadPoolExecutor(2) as pool:
@@ -136,9 +139,14 @@ def report(bench: Bench, quick: bool) -> tuple[dict[str, Any], list[Row], dict[s
         "decode_over_gemm": gemm["decode_over_gemm"],
         "encode_over_gemm": gemm["encode_over_gemm"],
         "gemm": gemm,
+        "compaction": compaction_cost.measure(codecs.bundle, _dense(blocks[:COMPACTED_BLOCKS])),
         "sweeps": {family: [row.as_json() for row in measured] for family, measured in sweeps.items()},
     }
     return content, rows, sweeps
+
+
+def _dense(blocks: Iterable[tuple[Half, Half, int]]) -> list[KVBlock]:
+    return [KVBlock.dense({"keys": k, "values": v}, k.shape[2], at) for k, v, at in blocks]
 
 
 def show(rows: Iterable[Row]) -> None:
@@ -173,7 +181,7 @@ def main() -> None:
     bench = Bench(**(QUICK if quick else FULL))
     content, rows, sweeps = report(bench, quick)
     show(rows)
-    for name in ("bytes_at_equal_kl", "entropy_overheads", "decode_over_gemm", "encode_over_gemm"):
+    for name in ("bytes_at_equal_kl", "entropy_overheads", "decode_over_gemm", "encode_over_gemm", "compaction"):
         console.print(f"{name}: {content[name]}")
     target = RESULTS / ("codec.quick.json" if quick else "codec.json")
     target.write_text(json.dumps(content, indent=2) + "\n")

@@ -146,7 +146,75 @@ def speed_table(quality: dict[str, Any]) -> str:
         ["encode of the same over its bare GEMMs", "encode_over_gemm"],
     ]
     shown = {"entropy_overhead": "{:+.1%}", "decode_over_gemm": "{:.2f}", "encode_over_gemm": "{:.2f}"}
-    return _markdown(["", "measured"], [[what, shown[key].format(quality[key])] for what, key in rows])
+    measured = [[what, shown[key].format(quality[key])] for what, key in rows]
+    found = quality["compaction"]
+    large = found["shape_7b"]
+    measured += [
+        ["compaction to a quarter, one core", f"{found['compact_mb_s']:.0f} MB/s of source"],
+        ["its share of the pool's work on such a block", f"{found['share_of_pool']:.0%}"],
+        ["compacting and coding a block over coding alone", f"{found['over_coding_alone']:.1f}"],
+        ["compaction of a 7B-shaped block", f"{large['seconds']:.1f} s, {large['mb_s']:.0f} MB/s"],
+    ]
+    return _markdown(["", "measured"], measured)
+
+
+def compaction_table(quality: dict[str, Any]) -> str:
+    """What is stored and restored, compacted or not."""
+    header = ["fidelity", "compression", "KL, nats a token", "perplexity", "retrieval, points"]
+    header += ["attention error, mean / worst", "bytes a token", "active bytes a token", "KL over coding alone"]
+    over = quality["over_coding_alone"]
+    rows = [
+        [
+            row["fidelity"],
+            f"{row['compression']:.1f}x",
+            *_losses(row),
+            f"{row['attention_error_mean']:.3f} / {row['attention_error_worst']:.3f}",
+            f"{row['bytes_per_token']:.0f}",
+            f"{row['active_bytes_per_token']:.0f}",
+            f"{over[row['fidelity']]:.2f}" if row["fidelity"] in over else "",
+        ]
+        for row in quality["rows"]
+    ]
+    return _markdown(header, rows)
+
+
+def matching_table(quality: dict[str, Any]) -> str:
+    """Compaction itself, against simpler ways."""
+    ways = {
+        "am_over_uniform_4x": "every fourth token, as PR #418 picked them",
+        "am_over_equal_budgets_4x": "Attention Matching, all heads with equally many tokens",
+        "am_over_no_bias_4x": "our rows without their biases",
+        "compacted_50x_over_coding_alone": f"coding alone at the bytes of {quality['compacted_50x']}",
+    }
+    rows = []
+    for key, what in ways.items():
+        low, high = quality["intervals"][key]
+        rows.append([what, f"{quality[key]:.2f} ({low:.2f} to {high:.2f})"])
+    return _markdown(["our KL over that of", ""], rows)
+
+
+def compacted_table(quality: dict[str, Any]) -> str:
+    """Compaction to a quarter, for the README."""
+    header = ["stored as", "compression", "cache in the engine", "KL, nats a token", "perplexity", "retrieval, points"]
+    rows = {row["fidelity"]: row for row in quality["rows"]}
+    exact = rows["exact"]["active_bytes_per_token"]
+    shown = [(f"compacted-{p}", rows[f"compacted-4x on {p}"]) for p in ("x8", "x16")]
+    cells = [
+        [name, f"{r['compression']:.1f}x", f"{exact / r['active_bytes_per_token']:.1f}x smaller", *_losses(r)]
+        for name, r in shown
+    ]
+    return _markdown(header, cells)
+
+
+def decode_table(decode: dict[str, Any]) -> str:
+    """What a smaller active cache does to decoding."""
+    plain, compacted = (decode[f"{which}_tokens_per_second"] for which in ("plain", "compacted"))
+    rows = [
+        ["tokens a second on a plain cache", f"{plain:.0f}"],
+        ["on a compacted one", f"{compacted:.0f} ({decode['ratio']:.2f} of it)"],
+        ["bytes of the cache, plain over compacted", f"{decode['nbytes_ratio']:.2f}"],
+    ]
+    return _markdown(["", "measured"], rows)
 
 
 def calibration_table(cost: dict[str, Any]) -> str:
@@ -173,6 +241,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "profiles": ("codec.json", profiles_table),
     "rows": ("codec.json", rows_table),
     "equal": ("codec.json", equal_table),
+    "compaction": ("quality.json", compaction_table),
+    "compacted": ("quality.json", compacted_table),
+    "matching": ("quality.json", matching_table),
+    "decode": ("compacted_decode.json", decode_table),
     "speed": ("codec.json", speed_table),
     "calibration": ("calibration.json", calibration_table),
 }
