@@ -1,16 +1,15 @@
 """The worker pool: threads that encode and decode, bounded in bytes, and one pipeline for each model.
 
 Threads, because zstd and numpy release the GIL and blocks need not be copied. Gets go before puts, each in the order of
-arrival. Puts reserve room before their bytes are received, and are refused when there is none; gets wait for it.
+arrival; one more thread serves gets alone, for whoever generates waits for them, and compacting a block takes long.
+Puts reserve room before their bytes are received, and are refused when there is none; gets wait for it.
 Locks: a model's own while its pipeline is built; a pipeline's while it builds a coder, and inside it one for all while
 the kernels of the entropy coder are compiled; the pool's for everything else, held for moments only.
 """
 
-import itertools
-import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from enum import IntEnum
 from functools import cache
@@ -34,7 +33,6 @@ class Lane(IntEnum):
 
     GET = 0
     PUT = 1
-    STOP = 2  # behind all work
 
 
 class ByteBudget:
@@ -168,38 +166,39 @@ class WorkerPool:
 
     def __init__(self, n_workers: int, limit_bytes: int) -> None:
         self.puts, self.gets = ByteBudget(limit_bytes), ByteBudget(limit_bytes)
-        self._lock = threading.Lock()
-        self._jobs: queue.PriorityQueue[tuple[Lane, int, Future[Any] | None, Callable[[], Any]]] = queue.PriorityQueue()
-        self._serial = itertools.count()
+        self.n_workers = n_workers
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: dict[Lane, deque[tuple[Future[Any], Callable[[], Any]]]] = {lane: deque() for lane in Lane}
         self._closed = False
         self._pipelines: dict[bytes, Pipeline] = {}
         self._model_locks: dict[bytes, threading.Lock] = {}
-        self._threads = [threading.Thread(target=self._work, name=f"worker-{i}", daemon=True) for i in range(n_workers)]
+        lanes = {f"worker-{i}": tuple(Lane) for i in range(n_workers)} | {"worker-gets": (Lane.GET,)}
+        self._threads = [
+            threading.Thread(target=self._work, args=(of_thread,), name=name, daemon=True)
+            for name, of_thread in lanes.items()
+        ]
         for thread in self._threads:
             thread.start()
 
     @property
-    def n_workers(self) -> int:
-        return len(self._threads)
-
-    @property
     def n_jobs(self) -> int:
         """Jobs that wait for a worker."""
-        return self._jobs.qsize()
+        return sum(map(len, self._waiting.values()))
 
     def submit(self, lane: Lane, job: Callable[..., T], *args: Any) -> Future[T]:
         """Runs a job in a worker. Raises ShuttingDownError once the pool is closed."""
         future: Future[T] = Future()
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise ShuttingDownError("the daemon is shutting down")
-            self._jobs.put((lane, next(self._serial), future, lambda: job(*args)))
+            self._waiting[lane].append((future, lambda: job(*args)))
+            self._changed.notify_all()
         return future
 
     def pipeline(self, spec: ModelSpec, build: Callable[[ModelSpec], Pipeline] = Pipeline) -> Pipeline:
         """The pipeline of a model: built once, however many ask at the same time; a failed build is tried again."""
         model_id = spec.model_id
-        with self._lock:
+        with self._changed:
             model_lock = self._model_locks.setdefault(model_id, threading.Lock())
         with model_lock:
             if model_id not in self._pipelines:
@@ -213,26 +212,31 @@ class WorkerPool:
 
     def close(self) -> None:
         """Finishes the jobs that run, drops those that wait."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-            while not self._jobs.empty():
-                _, _, future, _ = self._jobs.get_nowait()
-                if future is not None:
-                    future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
-            for _ in self._threads:
-                self._jobs.put((Lane.STOP, next(self._serial), None, lambda: None))
+            dropped = [future for waiting in self._waiting.values() for future, _ in waiting]
+            for waiting in self._waiting.values():
+                waiting.clear()
+            self._changed.notify_all()
+        for future in dropped:
+            future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
-        while True:
-            _, _, future, job = self._jobs.get()
-            if future is None:
-                return
+    def _next(self, lanes: Sequence[Lane]) -> tuple[Future[Any], Callable[[], Any]] | None:
+        """Waits for the next job of some lanes, the first lane first; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or any(self._waiting[lane] for lane in lanes))
+            return next((self._waiting[lane].popleft() for lane in lanes if self._waiting[lane]), None)
+
+    def _work(self, lanes: Sequence[Lane]) -> None:
+        while (found := self._next(lanes)) is not None:
+            future, job = found
             try:
                 result = job()
             except BaseException as error:  # noqa: BLE001 - the future carries it to whoever asked
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del future, job  # or this thread would keep the last block alive until the next
+                del result
+            del found, future, job  # or this thread would keep the last block alive until the next

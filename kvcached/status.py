@@ -118,7 +118,7 @@ class Status(Collector):
         yield _gauge("free_disk_bytes", "Free on the disk of the store", store.free_disk_bytes)
         yield _gauge("set_aside_stores", "Earlier stores that could not be trusted", len(store.set_aside))
         yield _gauge("bundles", "Bundles installed", len(self._cache.bundles.all()))
-        yield _gauge("workers", "Threads that encode and decode", pool.n_workers)
+        yield _gauge("workers", "Threads that encode and decode; one more only decodes", pool.n_workers)
         yield _gauge("queue_jobs", "Jobs that wait for a worker", pool.n_jobs)
         yield _gauge("queue_limit_bytes", "Blocks that may be in memory, in each direction", pool.limit_bytes)
         queue_bytes = GaugeMetricFamily(f"{PREFIX}queue_bytes", "Blocks in memory, by direction", labels=["direction"])

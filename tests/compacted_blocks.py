@@ -1,15 +1,12 @@
 """Blocks as a daemon gives them back compacted, made here without one. Nothing here asserts."""
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from kvcached.block import KVBlock
 from kvcached.codec.compaction import compact
-from kvcached_client import Block, Client, Fidelity, FidelityKind, Match, ModelSpec
-from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client import Block, Fidelity, FidelityKind, ModelSpec
 
 
 def compacted(spec: ModelSpec, block: Block, ratio: float = 4.0, queries: np.ndarray | None = None) -> Block:
@@ -30,38 +27,3 @@ def compacted(spec: ModelSpec, block: Block, ratio: float = 4.0, queries: np.nda
 def n_rows(blocks: list[Block]) -> int:
     """Rows of all layers and heads that some blocks hold, dense or compacted."""
     return sum(int(np.prod(block.tensors["keys"].shape[:-1])) for block in blocks)
-
-
-class Compacting(Client):
-    """A client to which a daemon's exact blocks come as if that had compacted some: to whoever accepts them."""
-
-    which: Callable[[int], bool] = staticmethod(lambda _index: True)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.asked: list[tuple[str, bool]] = []
-        self.wished: list[tuple[str, float]] = []
-        self.n_queries: list[int] = []
-
-    def match(self, hashes: Sequence[bytes], *, accepts_compacted: bool = False, **kwargs: Any) -> Match:
-        if not kwargs.get("before_put"):
-            self.asked.append(("match", accepts_compacted))
-        found = super().match(hashes, accepts_compacted=accepts_compacted, **kwargs)
-        for index, block in enumerate(found.blocks if accepts_compacted else ()):
-            if self.which(index):
-                block.fidelity.kind = pb.FIDELITY_KIND_COMPACTED
-        return found
-
-    def get(self, hashes: Sequence[bytes], *, accepts_compacted: bool = False, **kwargs: Any) -> Iterator[Block | None]:
-        self.asked.append(("get", accepts_compacted))
-        for block in super().get(hashes, accepts_compacted=accepts_compacted, **kwargs):
-            small = block and accepts_compacted and self.which(block.index)
-            yield compacted(self.spec, block) if block and small else block
-
-    def put(
-        self, blocks: Sequence[Block], *, store_as: str = "", am_ratio: float = 0.0, **kwargs: Any
-    ) -> list[pb.PutResult]:
-        self.wished.append((store_as, am_ratio))
-        tensors = [dict(block.tensors) for block in blocks]
-        self.n_queries += [of_block.pop("queries").shape[2] if "queries" in of_block else 0 for of_block in tensors]
-        return super().put([replace(b, tensors=t) for b, t in zip(blocks, tensors, strict=True)], **kwargs)

@@ -1,14 +1,12 @@
-"""`counting_server.py FILE plain|offloading|compacting ARGUMENTS...`: mlx_lm.server, or ours, that counts its tokens.
+"""`counting_server.py FILE plain|offloading ARGUMENTS...`: mlx_lm.server, or ours, that counts its tokens.
 
 Each call of the model is a line in FILE: how many tokens it was fed. The count is taken where the model is called.
-To a compacting one blocks come compacted where it accepts that.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from compacted_blocks import Compacting
 from mlx_lm import server as plain
 from mlx_lm.models import qwen3
 
@@ -29,6 +27,4 @@ if kind == "plain":
     sys.argv = ["mlx_lm.server", *arguments]
     plain.main()
 else:
-    if kind == "compacting":
-        offloading.Client = Compacting  # type: ignore[misc]
     offloading.main(arguments)

@@ -23,7 +23,7 @@ def text(path: str, n_characters: int) -> str:
 
 
 class ServerProcess:
-    """mlx_lm.server ("plain") or ours ("offloading", "compacting"), in its own process; counts what it computes."""
+    """mlx_lm.server ("plain") or ours ("offloading"), in its own process; counts what it computes."""
 
     def __init__(self, directory: Path, kind: str, *flags: str, model: Path = REFERENCE_MODEL) -> None:
         directory.mkdir(exist_ok=True)

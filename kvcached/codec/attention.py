@@ -16,6 +16,8 @@ Values = Float32[np.ndarray, "n_keys value_dim"]
 Bias = Float32[np.ndarray, " n_keys"]
 Logits = Float64[np.ndarray, "n_queries n_keys"]
 
+_FURTHEST = 80.0  # nats: its exponential, and the square of that, can be held
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
@@ -46,8 +48,9 @@ def read(of: Logits, values: Values, bias: Bias | None = None) -> Read:
 
 
 def mass_error(read: Read, exact: Read) -> float:
-    """Root mean square, over queries, of the relative error of the mass."""
-    return float(np.sqrt(np.square(np.expm1(read.log_mass - exact.log_mass)).mean()))
+    """Root mean square, over queries, of the relative error of the mass; that is e^80 at most."""
+    grown = np.minimum(read.log_mass - exact.log_mass, _FURTHEST)
+    return float(np.sqrt(np.square(np.expm1(grown)).mean()))
 
 
 def output_error(read: Read, exact: Read, output_metric: Float64[np.ndarray, "value_dim value_dim"]) -> float:

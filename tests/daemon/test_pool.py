@@ -162,15 +162,41 @@ def test_a_build_that_fails_is_tried_again(pool: WorkerPool) -> None:
     pool.close()
 
 
+def held_job(pool: WorkerPool, lane: Lane) -> threading.Event:
+    """Keeps a thread of the pool busy until this event is set."""
+    started, gate = threading.Event(), threading.Event()
+
+    def job() -> None:
+        started.set()
+        assert gate.wait(30)
+
+    pool.submit(lane, job)
+    assert started.wait(30)
+    return gate
+
+
 def test_gets_go_before_puts_and_each_in_the_order_of_arrival(pool: WorkerPool) -> None:
-    gate, order = threading.Event(), []
-    pool.submit(Lane.GET, gate.wait, 30)  # goes first, so the worker is busy with it until all others wait
+    busy, reserve, order = held_job(pool, Lane.PUT), held_job(pool, Lane.GET), []
     jobs = [(Lane.PUT, "put 1"), (Lane.GET, "get 1"), (Lane.PUT, "put 2"), (Lane.GET, "get 2")]
     futures = [pool.submit(lane, order.append, name) for lane, name in jobs]
-    gate.set()
+    assert pool.n_jobs == 4
+    busy.set()
     for future in futures:
         future.result(30)
     assert order == ["get 1", "get 2", "put 1", "put 2"]
+    reserve.set()
+    pool.close()
+
+
+def test_however_many_puts_are_under_way_gets_are_served(pool: WorkerPool) -> None:
+    busy, order = held_job(pool, Lane.PUT), []
+    waiting = pool.submit(Lane.PUT, order.append, "put")
+    for name in ("get 1", "get 2"):
+        pool.submit(Lane.GET, order.append, name).result(30)
+    assert (order, pool.n_jobs, waiting.done()) == (["get 1", "get 2"], 1, False)
+    busy.set()
+    waiting.result(30)
+    assert order == ["get 1", "get 2", "put"]
     pool.close()
 
 
@@ -192,7 +218,7 @@ def test_closing_finishes_what_runs_and_drops_what_waits(pool: WorkerPool) -> No
 
     running = pool.submit(Lane.PUT, job)
     assert started.wait(30)
-    waiting = pool.submit(Lane.GET, int, "7")
+    waiting = pool.submit(Lane.PUT, int, "7")
     closer = threading.Thread(target=pool.close)
     closer.start()
     with pytest.raises(ShuttingDownError):

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import (
-    BatchKVCache,
     KVCache,
     LRUPromptCache,
     RotatingKVCache,
@@ -265,12 +265,29 @@ def test_a_cut_of_mixed_layers_is_a_cut_of_all_or_of_none() -> None:
     assert layer.offset == 23
 
 
-def test_batches_are_refused(exact: list[Any]) -> None:
-    (cache, *_), plain = compacted_like(exact, ragged), copy.deepcopy(exact[0])
-    with pytest.raises(ValueError, match="2 sequences cannot be a batch: one of them goes on from a compacted prefix"):
-        cache.merge([cache, plain])
-    with pytest.raises(AttributeError):
-        BatchKVCache.merge([plain, cache])
+@pytest.mark.parametrize("which", ["CP", "PC", "CC", "C"])
+def test_mlx_lm_makes_no_batch_with_a_compacted_prefix(model: Any, exact: list[Any], which: str) -> None:
+    caches = [compacted_like(exact, ragged) if kind == "C" else copy.deepcopy(exact) for kind in which]
+    generator = BatchGenerator(model, prefill_step_size=AFTER)
+    generator.insert([TOKENS[N:]] * len(caches), [4] * len(caches), caches=caches)
+    with pytest.raises((ValueError, AttributeError), match="got one with a compacted prefix"):
+        generator.next()
+    generator.close()
+
+
+def test_no_compacted_prefix_joins_a_batch_that_goes_on(model: Any, exact: list[Any]) -> None:
+    generator = BatchGenerator(model, prefill_step_size=AFTER)
+    generator.insert([TOKENS[N:]], [4], caches=[copy.deepcopy(exact)])
+    while not generator.next()[1]:  # until it generates
+        pass
+    generator.insert([TOKENS[N:]], [4], caches=[compacted_like(exact, ragged)])
+    with pytest.raises(ValueError, match="got one with a compacted prefix"):
+        generator.next()
+    generator.close()
+
+
+def test_tokens_of_several_sequences_at_once_are_refused(exact: list[Any]) -> None:
+    (cache, *_) = compacted_like(exact, ragged)
     with pytest.raises(ValueError, match="one sequence of 2 heads is expected, got"):
         cache.update_and_fetch(mx.zeros((2, 2, 1, 64)), mx.zeros((2, 2, 1, 64)))
 

@@ -117,24 +117,49 @@ def test_nothing_need_be_left_to_compute() -> None:
         ("", CODED, CODED, CODED, True),
         ("x8", CODED, EXACT, CODED, True),
         ("x8", COMPACTED, EXACT, EXACT, False),
-        ("compacted-x8", COMPACTED, EXACT, EXACT, True),
-        ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
-        ("", COMPACTED, EXACT, EXACT, False),  # it could not be restored
+        ("", COMPACTED, EXACT, EXACT, False),  # it could never be given back
+        ("", COMPACTED, CODED, CODED, False),
+        ("exact", CODED, CODED, CODED, False),
     ],
 )
 def test_a_block_is_held_if_it_is_no_worse_than_what_would_be_put(
     store_as: str, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind, is_held: bool
 ) -> None:
+    assert held(Policy(store_as=store_as), fidelity, lineage, ours) == is_held
+
+
+@pytest.mark.parametrize(
+    ("store_as", "fidelity", "lineage", "ours", "is_held"),
+    [
+        ("compacted-x8", COMPACTED, EXACT, EXACT, True),
+        ("compacted-x8", COMPACTED, COMPACTED, EXACT, False),
+        ("compacted-x8", CODED, EXACT, EXACT, True),
+        ("", COMPACTED, EXACT, EXACT, True),
+        ("x8", COMPACTED, EXACT, EXACT, False),
+    ],
+)
+def test_whoever_takes_compacted_blocks_leaves_those_that_are_held(
+    store_as: str, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind, is_held: bool
+) -> None:
+    assert held(Policy(floor=COMPACTED, store_as=store_as), fidelity, lineage, ours) == is_held
+
+
+def held(policy: Policy, fidelity: FidelityKind, lineage: FidelityKind, ours: FidelityKind) -> bool:
+    """Whether a block need not be put. ours: the lineage of what would be put."""
     block = pb.HeldBlock(fidelity=pb.Fidelity(kind=int(fidelity)), lineage=int(lineage))
-    match = Match((b"hash",), (block,))
-    assert Policy(store_as=store_as).held(match, [ours, ours]) == ({b"hash"} if is_held else set())
+    found = policy.held(Match((b"hash",), (block,)), [ours, ours])
+    assert found in (set(), {b"hash"})
+    return bool(found)
 
 
-def test_an_engine_that_takes_compacted_blocks_has_no_need_of_others() -> None:
-    block = pb.HeldBlock(fidelity=pb.Fidelity(kind=pb.FIDELITY_KIND_COMPACTED))
-    match = Match((b"hash",), (block,))
-    assert Policy(floor=COMPACTED).held(match, [EXACT]) == {b"hash"}
-    assert Policy(floor=COMPACTED, store_as="x8").held(match, [EXACT]) == set()
+def test_only_what_takes_compacted_blocks_has_some_made() -> None:
+    assert [Policy(floor=floor).least_stored for floor in (EXACT, CODED, COMPACTED)] == [CODED, CODED, COMPACTED]
+
+
+@pytest.mark.parametrize("am_ratio", [-1.0, 0.5, 8.01, float("nan"), float("inf")])
+def test_a_policy_with_a_ratio_that_is_none_is_refused_when_it_is_made(am_ratio: float) -> None:
+    with pytest.raises(ValueError, match="am_ratio must be a number from 1 to 8"):
+        Policy(floor=COMPACTED, store_as="compacted-x8", am_ratio=am_ratio)
 
 
 def test_what_the_wire_leaves_unsaid_is_exact_and_a_kind_of_a_later_version_is_ranked_by_its_number() -> None:

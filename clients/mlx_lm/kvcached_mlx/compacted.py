@@ -26,6 +26,7 @@ from mlx_lm.models.cache import _BaseCache
 _MAX_PADDING = 1 / 16
 _STEP = 256  # tokens by which buffers grow, as KVCache's do
 _MASK_VALUES = 1 << 24  # of one call at most: 32 MiB in half precision
+_ALONE = "a batch is made of plain caches, got one with a compacted prefix: its sequence is to be served alone"
 
 
 class Head(NamedTuple):
@@ -92,8 +93,13 @@ class CompactedKVCache(_BaseCache):  # type: ignore[misc] # mlx_lm is untyped
         return n
 
     @classmethod
-    def merge(cls, caches: Sequence[Any]) -> NoReturn:
-        raise ValueError(f"{len(caches)} sequences cannot be a batch: one of them goes on from a compacted prefix")
+    def merge(cls, _caches: Sequence[Any]) -> NoReturn:
+        raise ValueError(_ALONE)
+
+    @property
+    def keys(self) -> NoReturn:
+        """Asked for by plain caches that would take this one into their batch."""
+        raise AttributeError(_ALONE)
 
     def size(self) -> int:
         return self.offset

@@ -42,6 +42,7 @@ class Counts:
     prompt_tokens: int = 0
     local_tokens: int = 0  # of those, at hand without the daemon
     restored_tokens: int = 0  # and restored; the rest was left to compute
+    restored_bytes: int = 0  # that those took in memory, in their caches, before anything was computed behind them
 
 
 class PromptStore:
@@ -91,7 +92,7 @@ class PromptStore:
         0) for a miss, for whatever reason: nothing longer than the `n_local` tokens that the caller has anyway is held,
         or computing the rest is faster than fetching it all.
         """
-        cache, n_tokens = self._make_cache(), 0
+        cache, n_tokens, n_bytes = self._make_cache(), 0, 0
         if self._closed:
             return cache, n_tokens
         fetched = self._fetch(token_ids, n_local)
@@ -103,15 +104,17 @@ class PromptStore:
                     raise UnsupportedCacheError("the cache that they make cannot be cut")
                 n_tokens = fetched.n_tokens
                 self._lineage.restored(token_ids, fetched.blocks, n_tokens)
-                log.info("a cache of %d tokens in %d bytes", n_tokens, sum(entry.nbytes for entry in cache))
+                n_bytes = sum(entry.nbytes for entry in cache)
+                log.info("restored cache: %d tokens in %d active bytes", n_tokens, n_bytes)
                 self.break_even.restored(n_tokens, fetched.seconds + time.perf_counter() - start)
         except UnsupportedCacheError as error:
             log.warning("restored blocks do not fit, taken as a miss: %s", error)
-            cache, n_tokens = self._make_cache(), 0
+            cache, n_tokens, n_bytes = self._make_cache(), 0, 0
         with self._state:
             self.counts.prompt_tokens += len(token_ids)
             self.counts.local_tokens += 0 if n_tokens else n_local
             self.counts.restored_tokens += n_tokens
+            self.counts.restored_bytes += n_bytes
         self._queue.put([])
         return cache, n_tokens
 
