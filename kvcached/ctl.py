@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from kvcached import __version__, autostart, ctl_bundles, ctl_config
+from kvcached import __version__, autostart, ctl_bundles, ctl_config, ctl_eval
 from kvcached.ctl_output import (
     FAILED,
     NO_DAEMON,
@@ -78,7 +78,7 @@ def check(connection: Connection, frames: bool, as_json: bool) -> None:
     sys.exit(FAILED if response.problems else 0)
 
 
-for command in (ctl_bundles.bundles, ctl_bundles.calibrate, ctl_bundles.bench, ctl_config.config):
+for command in (ctl_bundles.bundles, ctl_bundles.calibrate, ctl_bundles.bench, ctl_config.config, ctl_eval.evaluate):
     main.add_command(command)
 
 

@@ -1,59 +1,24 @@
-"""kvcachedctl bundles, calibrate and bench: what transform coding needs, and what it costs.
-
-Models are run by engine adapters, found through the entry-point group `kvcached.engines`; this module knows none.
-"""
+"""kvcachedctl bundles, calibrate and bench: what transform coding needs, and what it costs."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from kvcached.ctl_engines import Engine, TakesMany, check_text, engine_called, shown_progress
 from kvcached.ctl_output import as_dict, asks_daemon, console, explains_failure, size
 from kvcached.errors import KvcachedError
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.connection import Connection, DaemonError
 from kvcached_client.protocol import CHUNK_BYTES
 
-ENGINES = "kvcached.engines"
 _INSTALL_SECONDS, _REMOVE_SECONDS = 300.0, 3600.0
 _ID_CHARACTERS = 12
 _DEFAULT_TOKENS = 32768
-Report = Callable[[str, int, int], None]  # what is being done, so much, of so much
-
-
-class Engine(Protocol):
-    """What an engine adapter offers. What users cause is a ValueError, an OSError or a DaemonError.
-
-    texts: none for a corpus of the adapter's. profiles: none for all.
-    """
-
-    def calibrate(  # noqa: PLR0913 - all that a user can choose
-        self,
-        model: str,
-        *,
-        target: str,
-        texts: Sequence[Path],
-        n_tokens: int,
-        profiles: Sequence[str],
-        layers_per_group: int,
-        seed: int,
-        budgets: str,
-        progress: Report,
-    ) -> pb.BundleStatus:
-        """Calibrates a model, measures its profiles on text of their own, and attaches that to the bundle."""
-
-    def evaluate(
-        self, model: str, *, target: str, texts: Sequence[Path], profiles: Sequence[str], progress: Report
-    ) -> dict[str, pb.Measured]:
-        """What the profiles of the model's bundle lose on these texts."""
 
 
 # ---- bundles
@@ -128,24 +93,6 @@ def _the_one(installed: Sequence[pb.BundleStatus], bundle_id: str) -> pb.BundleS
 # ---- calibrate, bench
 
 
-class _TakesMany(click.Command):
-    """A command whose repeatable options take several values at once too, so that `--text *.md` works."""
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        spread: list[str] = []
-        many, n_values = "", 0
-        for arg in args:
-            if arg.startswith("-"):
-                many, n_values = (arg if arg in repeatable else ""), 0
-            elif many:
-                n_values += 1
-                if n_values > 1:
-                    spread.append(many)
-            spread.append(arg)
-        return super().parse_args(context, spread)
-
-
 def _measures(command: Callable[..., None]) -> Callable[..., None]:
     """What `calibrate` and `bench` have in common: what they are asked, and how they fail."""
     for decorate in (
@@ -164,7 +111,7 @@ def _measures(command: Callable[..., None]) -> Callable[..., None]:
 _TEXT = "text to use, in UTF-8; without it, a small corpus that comes with the adapter"
 
 
-@click.command(cls=_TakesMany, help="Calibrates a model: fits a bundle to text, measures what it loses, installs it.")
+@click.command(cls=TakesMany, help="Calibrates a model: fits a bundle to text, measures what it loses, installs it.")
 @_measures
 @click.option("--tokens", "n_tokens", type=click.IntRange(1), default=_DEFAULT_TOKENS, show_default=True, help="to fit")
 @click.option("--layers-per-group", type=click.IntRange(0), default=0, help="layers that share a basis; 0: as usual")
@@ -185,14 +132,14 @@ def calibrate(
     **choice: Any,
 ) -> None:
     found = _ready(connection, texts, profiles, engine)
-    with _progress() as report:
+    with shown_progress() as report:
         bundle = found.calibrate(
             model, target=connection.target, texts=texts, profiles=_known(profiles), progress=report, **choice
         )
     _show([bundle])
 
 
-@click.command(cls=_TakesMany, help="Measures what the bundle of a model loses, through the daemon, on your text.")
+@click.command(cls=TakesMany, help="Measures what the bundle of a model loses, through the daemon, on your text.")
 @_measures
 @click.option("--json", "output", type=click.Path(path_type=Path, dir_okay=False), help="write the figures here too")
 def bench(
@@ -206,7 +153,7 @@ def bench(
     found = _ready(connection, texts, profiles, engine)
     if output and not output.parent.is_dir():
         raise KvcachedError(f"{output} cannot be written: there is no directory {output.parent}")
-    with _progress() as report:
+    with shown_progress() as report:
         measured = found.evaluate(
             model, target=connection.target, texts=texts, profiles=_known(profiles), progress=report
         )
@@ -223,8 +170,8 @@ def _ready(connection: Connection, texts: Sequence[Path], profiles: Sequence[str
     """The engine, once all is in order that can be looked at before a model is loaded."""
     _known(profiles)
     for path in texts:
-        _check_text(path)
-    found = _engine(engine)
+        check_text(path)
+    found = engine_called(engine)
     connection.call("Status", pb.StatusRequest())
     return found
 
@@ -236,66 +183,6 @@ def _known(profiles: Sequence[str]) -> list[str]:
     if unknown := [name for name in profiles if name not in PROFILES]:
         raise KvcachedError(f"profiles are {', '.join(PROFILES)}, got {', '.join(unknown)}")
     return [name for name in PROFILES if name in profiles]
-
-
-def _check_text(path: Path) -> None:
-    """Raises KvcachedError unless a file can be read and has text in it. What is too short is the engine's to say."""
-    is_empty = True
-    try:
-        with path.open(encoding="utf-8") as file:
-            while piece := file.read(CHUNK_BYTES):
-                if "\0" in piece:
-                    raise KvcachedError(f"{path} is not text: it has zero bytes")
-                is_empty = is_empty and piece.isspace()
-    except OSError as error:
-        raise KvcachedError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise KvcachedError(f"{path} is not text in UTF-8: {error.reason}") from None
-    if is_empty:
-        raise KvcachedError(f"{path} is empty: text was expected")
-
-
-def _engine(name: str | None) -> Engine:
-    """The adapter of that name, or the only one that is installed. Raises KvcachedError."""
-    found = {entry.name: entry for entry in entry_points(group=ENGINES)}
-    if not found:
-        raise KvcachedError("no engine is installed that could run a model: pip install kvcached-mlx")
-    if name is None and len(found) > 1:
-        raise KvcachedError(f"several engines are installed, choose one with --engine: {', '.join(sorted(found))}")
-    name = name or next(iter(found))
-    if name not in found:
-        raise KvcachedError(f"no engine {name!r} is installed, there is {', '.join(sorted(found))}")
-    try:
-        engine: Engine = found[name].load()
-    except (ImportError, AttributeError, OSError) as error:  # not made for this machine
-        raise KvcachedError(f"the engine {name!r} cannot be loaded: {error}") from None
-    return engine
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """Shows what an engine reports on stderr: bars on a terminal, else a line for each thing that it does."""
-    screen = Console(stderr=True)
-    if not screen.is_terminal:
-        told: set[str] = set()
-
-        def tell(what: str, _done: int, _total: int) -> None:
-            if what not in told:
-                told.add(what)
-                click.echo(f"{what} ..", err=True)
-
-        yield tell
-        return
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=screen) as bars:
-        tasks: dict[str, Any] = {}
-
-        def draw(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield draw
 
 
 # ---- tables

@@ -17,7 +17,7 @@ from humanize import naturalsize
 from impostors import impostor
 from support import DaemonProcess, tiny_spec
 
-from kvcached import ctl_bundles
+from kvcached import ctl_engines
 from kvcached.codec.bundle import PROFILES
 from kvcached.ctl import main
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -354,8 +354,8 @@ def test_an_unknown_profile_is_refused_before_anything_is_loaded(command: str) -
 def test_an_engine_that_cannot_be_had_is_said_to_be_missing(
     monkeypatch: pytest.MonkeyPatch, installed: list[str], arguments: list[str], message: str
 ) -> None:
-    found = EntryPoints(EntryPoint(name, "no_such_module", ctl_bundles.ENGINES) for name in installed)
-    monkeypatch.setattr(ctl_bundles, "entry_points", lambda group: found.select(group=group))
+    found = EntryPoints(EntryPoint(name, "no_such_module", ctl_engines.ENGINES) for name in installed)
+    monkeypatch.setattr(ctl_engines, "entry_points", lambda group: found.select(group=group))
     result = in_process("calibrate", "m", *arguments)
     assert (result.exit_code, result.output) == (1, f"{message}\n")
 

@@ -17,8 +17,9 @@ from kvcached_client import Connection, DaemonError, FidelityKind
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.tensors import views
 from kvcached_mlx import PromptStore, calibrate, capture, fresh_cache, loss, model_spec
-from kvcached_mlx.calibrate import Plan, bundle_of, calibrate_engine
-from kvcached_mlx.loss import Course, Engine
+from kvcached_mlx.calibrate import Plan, calibrate_engine
+from kvcached_mlx.loss import Course
+from kvcached_mlx.road import Engine, bundle_of
 
 BLOCK = 64
 PLAN = Plan(n_tokens=2400, profiles=("x8", "x16"), course=Course(prefix=3 * BLOCK, continued=64, recomputed=32))
@@ -154,7 +155,7 @@ def test_what_fails_while_measuring_leaves_no_blocks_and_a_bundle_that_nobody_us
     def broken(*_: Any) -> None:
         raise RuntimeError("the model broke")
 
-    monkeypatch.setattr(loss, "_add_loss", broken)
+    monkeypatch.setattr(loss.Loss, "add", broken)
     with pytest.raises(RuntimeError, match="the model broke"):
         calibrate_engine(engine, PLAN, target=daemon.target, paths=[text])
     assert daemon.status().store.n_blocks == 0

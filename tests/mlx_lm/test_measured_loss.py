@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from mlx_models import build, save
 
-from kvcached_client import Block, DaemonError, FidelityKind, chain_hashes
+from kvcached_client import Block, DaemonError, Fidelity, FidelityKind, chain_hashes
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_mlx import fresh_cache, model_spec
-from kvcached_mlx.loss import Course, Engine, measure, n_tokens_to_compute
+from kvcached_mlx.loss import Course, measure, n_tokens_to_compute
+from kvcached_mlx.road import Engine, Wish
 from kvcached_mlx.texts import Window
 
 BLOCK = 16
@@ -30,7 +31,7 @@ class Memory:
         self._change = change
         self.held: dict[bytes, Block] = {}
         self.stored_as: list[tuple[str, bytes]] = []
-        self.fidelity = pb.FIDELITY_KIND_CODED
+        self.fidelity = FidelityKind.CODED
 
     def chain(self, token_ids: Sequence[int]) -> list[bytes]:
         return chain_hashes(token_ids, BLOCK)
@@ -43,9 +44,9 @@ class Memory:
         self.stored_as.append((store_as, store_as_bundle))
         for block in blocks:
             tensors = {name: self._change(array) for name, array in block.tensors.items()}
-            self.held[block.block_hash] = replace(block, tensors=tensors)
-        fidelity = pb.Fidelity(kind=self.fidelity, profile=store_as, bundle_id=store_as_bundle)
-        return [pb.PutResult(code="OK", fidelity=fidelity, source_bytes=800, stored_bytes=100) for _ in blocks]
+            fidelity = Fidelity(self.fidelity, store_as, bundle_id=store_as_bundle)
+            self.held[block.block_hash] = replace(block, tensors=tensors, fidelity=fidelity)
+        return [pb.PutResult(code="OK", source_bytes=800, stored_bytes=100) for _ in blocks]
 
     def get(self, hashes: Sequence[bytes], *, floor: FidelityKind) -> Iterator[Block | None]:
         assert floor == FidelityKind.CODED
@@ -67,7 +68,8 @@ def noisy(array: np.ndarray) -> np.ndarray:
 
 
 def run(engine: Engine, memory: Any, profiles: Sequence[str] = ("x8",)) -> dict[str, pb.Measured]:
-    return measure(engine, memory, BUNDLE, profiles, WINDOWS, COURSE)
+    losses = measure(engine, memory, BUNDLE, list(map(Wish, profiles)), WINDOWS, COURSE)
+    return {name: loss.measured() for name, loss in zip(profiles, losses, strict=True)}
 
 
 def test_what_comes_back_as_it_was_costs_nothing(engine: Engine) -> None:
@@ -133,7 +135,7 @@ def test_the_same_run_gives_the_same_figures(engine: Engine) -> None:
 
 def test_blocks_do_not_stay_behind_whatever_goes_wrong(engine: Engine) -> None:
     memory = Memory()
-    memory.fidelity = pb.FIDELITY_KIND_EXACT
+    memory.fidelity = FidelityKind.EXACT
     with pytest.raises(DaemonError, match="no block was stored as x8"):
         run(engine, memory)
     assert not memory.held
@@ -166,5 +168,5 @@ def test_a_refused_block_is_an_error_that_says_why(engine: Engine) -> None:
 
 def test_what_is_to_be_computed_is_known_beforehand(engine: Engine) -> None:
     told: list[int] = []
-    measure(engine, Memory(), BUNDLE, ["x8", "x16"], WINDOWS, COURSE, told.append)
+    measure(engine, Memory(), BUNDLE, [Wish("x8"), Wish("x16")], WINDOWS, COURSE, told.append)
     assert sum(told) == n_tokens_to_compute(COURSE, len(WINDOWS), 2)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx_lm
 import numpy as np
 
 from kvcached_client import Client, Connection, Limits, ModelSpec
@@ -19,8 +18,9 @@ from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.tensors import calibrate_requests
 
 from . import blocks, capture, loss, texts
-from .fingerprint import fresh_cache, model_directory, model_spec
-from .loss import Course, Engine
+from .evaluation import run_tasks as run_tasks  # offered by this module, as the entry point of engines
+from .loss import Course
+from .road import Engine, Wish, bundle_of, load
 from .weighing import Weighing
 
 log = logging.getLogger(__name__)
@@ -110,18 +110,6 @@ def evaluate(
     course = _course(engine.spec)
     windows = _parts(engine, Plan(n_tokens=0) if texts else Plan(), texts, course).test
     return _measure(engine, bundle, profiles, windows, course, target, progress)
-
-
-def load(model: str) -> Engine:
-    """A model of mlx-lm, loaded."""
-    loaded, tokenizer, *_ = mlx_lm.load(model)
-    return Engine(loaded, tokenizer, model_spec(loaded, model_directory(model)), lambda: fresh_cache(loaded))
-
-
-def bundle_of(connection: Connection, model_id: bytes) -> pb.BundleStatus | None:
-    """The bundle that new blocks of a model are coded with; None if there is none. Raises DaemonError."""
-    bundles = connection.call("ListBundles", pb.ListBundlesRequest(), _CALL_SECONDS).bundles
-    return next((bundle for bundle in bundles if bundle.model_id == model_id and bundle.current), None)
 
 
 def calibrate_engine(
@@ -268,4 +256,6 @@ def _measure(
         progress("measure", n_done, n_total)
 
     with Client(engine.spec, namespace=NAMESPACE, target=target, limits=_LIMITS) as client:
-        return loss.measure(engine, client, bundle.bundle_id, names, windows, course, advance)
+        wishes = [Wish(name) for name in names]
+        losses = loss.measure(engine, client, bundle.bundle_id, wishes, windows, course, advance)
+    return {name: one.measured() for name, one in zip(names, losses, strict=True)}

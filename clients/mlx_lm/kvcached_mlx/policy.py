@@ -8,7 +8,7 @@ from kvcached_client import Block, FidelityKind, Match, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.protocol import check_am_ratio
 
-_AFTER_COMPACTION = "compacted-"  # what the names of such profiles begin with
+AFTER_COMPACTION = "compacted-"  # what the names of such profiles begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Policy:
 
     @property
     def compacts(self) -> bool:
-        return self.store_as.startswith(_AFTER_COMPACTION)
+        return self.store_as.startswith(AFTER_COMPACTION)
 
     @property
     def least_stored(self) -> FidelityKind:
@@ -49,7 +49,7 @@ class Policy:
     def without_compaction(self) -> "Policy":
         """The same for an engine that cannot go on from compacted blocks: profiles alone."""
         floor = max(self.floor, FidelityKind.CODED)
-        return replace(self, floor=floor, store_as=self.store_as.removeprefix(_AFTER_COMPACTION), am_ratio=0.0)
+        return replace(self, floor=floor, store_as=self.store_as.removeprefix(AFTER_COMPACTION), am_ratio=0.0)
 
     def usable(self, held: Sequence["Held"], n_prompt: int, spec: ModelSpec, can_cut: bool) -> tuple[int, int]:
         """How many blocks of a held prefix to make a cache of, and how many of their tokens to keep.

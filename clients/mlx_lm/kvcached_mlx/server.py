@@ -26,11 +26,11 @@ from kvcached_client.paths import check_target
 from kvcached_client.protocol import check_am_ratio
 
 from .breakeven import BreakEven, measure
-from .calibrate import DEFAULT_TOKENS, Plan, bundle_of, calibrate_engine
+from .calibrate import DEFAULT_TOKENS, Plan, calibrate_engine
 from .fingerprint import fingerprint, fresh_cache, model_directory, model_spec
-from .loss import Engine
 from .policy import Policy
 from .prompt_cache import OffloadingPromptCache
+from .road import Engine, bundle_of
 from .store import PromptStore
 
 log = logging.getLogger("kvcached_mlx.server")

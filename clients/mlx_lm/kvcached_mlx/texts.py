@@ -89,8 +89,8 @@ def _windows(
     documents: Sequence[str], tokenizer: Any, n_wanted: int, length: int, rng: np.random.Generator
 ) -> list[Window]:
     """Windows of the documents in an order of the seed's, until there are twice as many tokens as wanted."""
-    opening = _opening(tokenizer)
-    step = length - len(opening)
+    begins = opening(tokenizer)
+    step = length - len(begins)
     windows: list[Window] = []
     n_found = 0
     for document in rng.permutation(len(documents)).tolist():
@@ -101,14 +101,14 @@ def _windows(
         starts = range(0, len(tokens), step)
         ranks = rng.permutation(len(starts)).tolist()
         cut = [
-            Window(document, rank, [*opening, *tokens[at : at + step]]) for rank, at in zip(ranks, starts, strict=True)
+            Window(document, rank, [*begins, *tokens[at : at + step]]) for rank, at in zip(ranks, starts, strict=True)
         ]
         windows += [window for window in cut if len(window.token_ids) >= _MIN_TOKENS]
-        n_found += len(opening) + len(tokens)
+        n_found += len(begins) + len(tokens)
     return windows
 
 
-def _opening(tokenizer: Any) -> list[int]:
+def opening(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before a text: BOS or nothing."""
     plain = tokenizer.encode("a", add_special_tokens=False)
     whole = tokenizer.encode("a")

@@ -13,7 +13,8 @@ import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from . import capture
-from .loss import Engine, log_softmax
+from .loss import log_softmax
+from .road import Engine
 
 _KEPT_SHARE = 1 / 16  # of the tokens of a block
 _CONTINUED_SHARE = 1 / 5  # of a text, after a prefix of whole blocks
