@@ -34,7 +34,7 @@ from kvcached.errors import CorruptFrameError, UnsupportedFrameError
 
 REFUSED = (CorruptFrameError, UnsupportedFrameError)
 SPEC = compacting_model()
-BUNDLE = CompactingRecipe(SPEC, {2: (6, 1), 8: ()}, steep=(1, 3, 6)).bundle()
+BUNDLE = CompactingRecipe(SPEC, {2: [(6, 1)], 8: ()}, steep=(1, 3, 6)).bundle()
 FILE = BUNDLE.pack()
 COMPACTOR = BUNDLE.compactor("x8", 2.0)
 BLOCK = compact_text(COMPACTOR, Text(SPEC, 44, 1, opaque=True))

@@ -21,6 +21,7 @@ from kvcached.codec import compaction, container, entropy
 from kvcached.codec.bundle import Bundle
 from kvcached.codec.compactor import Compactor
 from kvcached.codec.container import SectionKind
+from kvcached.codec.tables import SIDES
 from kvcached_client.tensors import DTYPES
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "golden/v1"
@@ -283,6 +284,19 @@ def test_golden_compacted_frames_cover_what_a_compacted_frame_can_hold() -> None
     biases = {bias for entry in unequal for bias in entry["sixteenths"]}
     assert min(biases) < 0 < max(biases) == 48
     assert {entry["lineage"] for entry in COMPACTED.values()} == {kind.name for kind in FidelityKind}
+
+
+def test_golden_compacted_frames_cover_planes_with_and_without_leaders_and_predictors() -> None:
+    found: dict[str, set[str]] = {side: set() for side in SIDES}
+    for entry in COMPACTED.values():
+        for plane in compactor_of(entry).planes:
+            heads = "heads" if len(plane.heads) > 1 else "head"
+            whose = "free" if plane.leader is None else "led"
+            for side in SIDES:
+                found[side].add(f"{heads} {whose} {'predicted' if side in plane.predictors else 'alone'}")
+    led = {"head led alone", "head led predicted", "heads led predicted"}
+    assert found["keys"] == led | {"head free alone", "heads free alone"}
+    assert found["values"] == led | {"head free alone", "head free predicted", "heads free predicted"}
 
 
 def test_golden_frames_cover_what_a_frame_can_hold() -> None:

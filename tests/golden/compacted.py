@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from codec import recipes
 from codec.compacting_recipes import CompactingRecipe, compact_text, compacting_model
-from codec.recipes import LINEAR, Coding, Text
+from codec.recipes import LINEAR, NONE, PARTIAL, Coding, Text
 from golden.coded import (
     CORRUPT,
     CORRUPT_BUNDLE,
@@ -30,21 +30,27 @@ from kvcached.codec.bundle import Bundle
 from kvcached.codec.compactor import Compactor
 from kvcached.codec.container import Coding as SectionCoding
 from kvcached.codec.container import Header, Section, SectionKind
+from kvcached.codec.tables import SIDES
 
 N_TOKENS = 44  # the last byte of KEPT has bits beyond them
 HALF = compacting_model(n_tokens=N_TOKENS)
 BRAIN = compacting_model([LINEAR], "bfloat16", n_heads=2, n_query_heads=0, n_tokens=40, key_dim=10, value_dim=3)
 TOGETHER = (6, 1)  # whole heads of two layers, in an order of their own
+FULL = compacting_model([PARTIAL, NONE], "float32", n_heads=6, n_query_heads=6, n_tokens=40, key_dim=4, value_dim=3)
+TWICE = ((2, 3), (9, 7))  # of which the first leads the second, and others
 RECIPES = {
     # An anchor is missing. Head 3 is steep enough to be whole where it is coded by itself.
     "bundle-compacting": CompactingRecipe(
         HALF,
-        {2: TOGETHER, 8: ()},
+        {2: [TOGETHER], 8: ()},
         {"x8": Coding(0.1, 0.1, 0.45, 0.02), "x16": Coding(0.5, 0.5, 0.4, 0.05, scale=48)},
         steep=(1, 3, 6),
     ),
     "bundle-compacting-bfloat16": CompactingRecipe(
         BRAIN, {8: ()}, {"x16": Coding(0.5, 0.3, 0.4, 0.05, scale=0)}, seed=1, rank=0.8
+    ),
+    "bundle-compacting-float32": CompactingRecipe(
+        FULL, {2: TWICE, 8: ()}, {"x8": Coding(0.05, 0.1, 0.5, 0.1)}, seed=32
     ),
 }
 
@@ -74,6 +80,7 @@ FRAMES = {
     "compacted-to-an-eighth": CompactedFrame("bundle-compacting", "x16", 8.0, Text(HALF, N_TOKENS, 2, seed=2)),
     "compacted-between-anchors": CompactedFrame("bundle-compacting", "x8", 3.0, Text(HALF, N_TOKENS, 44, seed=3)),
     "compacted-only-sinks": CompactedFrame("bundle-compacting", "x8", 2.0, Text(HALF, 3, 0, seed=4)),
+    "compacted-led": CompactedFrame("bundle-compacting-float32", "x8", 2.0, Text(FULL, 40, 0, seed=6)),
     "compacted-raw-and-opaque": CompactedFrame(
         "bundle-compacting-bfloat16", "x16", 5.0, Text(BRAIN, 40, 2**30, seed=5, opaque=True), FidelityKind.COMPACTED
     ),
@@ -242,9 +249,10 @@ def bad_frame(name: str, block_id: BlockId, file: bytes) -> bytes:
 
 
 Content = dict[str, Any]
+BadBundle = Callable[[Content, dict[str, np.ndarray]], bytes]
 
 
-def with_content(function: Callable[[Content], None]) -> Callable[[Content, dict[str, np.ndarray]], bytes]:
+def with_content(function: Callable[[Content], None]) -> BadBundle:
     """Sealed after a function has changed the JSON in place."""
 
     def make(content: Content, tensors: dict[str, np.ndarray]) -> bytes:
@@ -254,7 +262,7 @@ def with_content(function: Callable[[Content], None]) -> Callable[[Content, dict
     return make
 
 
-def with_array(name: str, function: Callable[[np.ndarray], Any]) -> Callable[[Content, dict[str, np.ndarray]], bytes]:
+def with_array(name: str, function: Callable[[np.ndarray], Any]) -> BadBundle:
     """Sealed after a function has changed a tensor in place."""
 
     def make(content: Content, tensors: dict[str, np.ndarray]) -> bytes:
@@ -265,9 +273,31 @@ def with_array(name: str, function: Callable[[np.ndarray], Any]) -> Callable[[Co
     return make
 
 
-def anchor(content: Content) -> Content:
-    found: Content = content["compaction"]["anchors"]["8"]
+def anchor(content: Content, ratio: int = 8) -> Content:
+    found: Content = content["compaction"]["anchors"][str(ratio)]
     return found
+
+
+def with_leader(plane: int, leader: Any) -> BadBundle:
+    """Sealed with another leader of a plane, which has no predictors: all else is right."""
+
+    def make(content: Content, tensors: dict[str, np.ndarray]) -> bytes:
+        anchor(content, 2)["leaders"][plane] = leader
+        gone = {f"compaction.2.{side}.{plane}.predictor" for side in SIDES}
+        return recipes.sealed(content, {name: array for name, array in tensors.items() if name not in gone})
+
+    return make
+
+
+def with_predictor(name: str, function: Callable[[np.ndarray], np.ndarray]) -> BadBundle:
+    """Sealed with what a function makes of a predictor, or of nothing if there is none."""
+
+    def make(content: Content, tensors: dict[str, np.ndarray]) -> bytes:
+        full = f"compaction.2.{name}.predictor"
+        wrong = function(tensors.get(full, np.zeros((0, 0), np.float16)).copy())
+        return recipes.sealed(content, {**tensors, full: wrong})
+
+    return make
 
 
 def without_the_last_anchor(content: Content, tensors: dict[str, np.ndarray]) -> bytes:
@@ -275,7 +305,9 @@ def without_the_last_anchor(content: Content, tensors: dict[str, np.ndarray]) ->
     return recipes.sealed(content, {name.replace("compaction.8.", "compaction.4."): a for name, a in tensors.items()})
 
 
-BAD_BUNDLES: dict[str, tuple[str, Callable[[Content, dict[str, np.ndarray]], bytes]]] = {
+# Of planes of bundle-compacting-float32 with a leader, and of one without.
+LED, LED_PAIR, UNLED = 4, 2, 5
+BAD_BUNDLES: dict[str, tuple[str, BadBundle]] = {
     "bundle-of-format-3": (UNSUPPORTED_BUNDLE, with_content(lambda c: c.update(format="kvcached bundle 3"))),
     "bundle-of-format-1-with-compaction": (
         CORRUPT_BUNDLE,
@@ -295,7 +327,39 @@ BAD_BUNDLES: dict[str, tuple[str, Callable[[Content, dict[str, np.ndarray]], byt
         CORRUPT_BUNDLE,
         with_array("compaction.fractions", lambda a: a.__setitem__(slice(2), a[1::-1].copy())),
     ),
+    "bundle-without-leaders": (CORRUPT_BUNDLE, with_content(lambda content: anchor(content).pop("leaders"))),
+    "bundle-with-leaders-of-a-plane-less": (CORRUPT_BUNDLE, with_content(lambda c: anchor(c)["leaders"].pop())),
+    "bundle-with-a-leader-that-is-led": (CORRUPT_BUNDLE, with_leader(LED, LED_PAIR)),
+    "bundle-with-a-leader-of-itself": (CORRUPT_BUNDLE, with_leader(LED_PAIR, LED_PAIR)),
+    "bundle-with-a-leader-of-one-head": (CORRUPT_BUNDLE, with_leader(LED, UNLED)),
+    "bundle-with-a-leader-out-of-range": (CORRUPT_BUNDLE, with_leader(LED, 10)),
+    "bundle-with-a-leader-below-0": (CORRUPT_BUNDLE, with_leader(LED, -9)),
+    "bundle-with-a-leader-that-is-true": (CORRUPT_BUNDLE, with_leader(LED, True)),
+    "bundle-with-a-predictor-of-another-shape": (CORRUPT_BUNDLE, with_predictor(f"keys.{LED}", lambda a: a[:-1])),
+    "bundle-with-a-predictor-turned": (CORRUPT_BUNDLE, with_predictor(f"values.{LED}", lambda a: a.T.copy())),
+    "bundle-with-a-predictor-of-float32": (
+        CORRUPT_BUNDLE,
+        with_predictor(f"keys.{LED}", lambda a: a.astype(np.float32)),
+    ),
+    "bundle-with-a-predictor-not-finite": (
+        CORRUPT_BUNDLE,
+        with_array(f"compaction.2.keys.{LED}.predictor", lambda a: a.__setitem__((-1, -1), np.inf)),
+    ),
+    "bundle-with-a-predictor-from-nothing": (
+        CORRUPT_BUNDLE,
+        with_predictor(f"keys.{UNLED}", lambda _: np.zeros((0, 4), np.float16)),
+    ),
+    "bundle-with-a-predictor-without-a-leader": (
+        CORRUPT_BUNDLE,
+        with_predictor(f"keys.{UNLED}", lambda _: np.zeros((14, 4), np.float16)),
+    ),
 }
+
+
+def bad_bundle_of(name: str) -> str:
+    """Which bundle it is made of."""
+    of_prediction = "leader" in name or "predictor" in name
+    return "bundle-compacting-float32" if of_prediction else "bundle-compacting-bfloat16"
 
 
 def bad_bundle(name: str, file: bytes) -> bytes:

@@ -213,7 +213,7 @@ def make_compacting(name: str, _directory: Path) -> tuple[bytes, dict[str, Any]]
 
 
 def make_bad_compacting(name: str, directory: Path) -> tuple[bytes, dict[str, Any]]:
-    file = compacted.bad_bundle(name, bundle_in(directory, "bundle-compacting-bfloat16"))
+    file = compacted.bad_bundle(name, bundle_in(directory, compacted.bad_bundle_of(name)))
     return file, {"sha256": sha256(file), "error": compacted.BAD_BUNDLES[name][0]}
 
 

@@ -233,10 +233,11 @@ def _check_anchors(content: Fields, dense: list[Fields]) -> None:
     if not isinstance(anchors, dict) or set(anchors) - set(ANCHORS) or ANCHORS[-1] not in anchors:
         raise Corrupt("anchors that no bundle has")
     for anchor in anchors.values():
-        if not isinstance(anchor, dict) or set(anchor) != {"heads", "profiles"} or not anchor["profiles"]:
+        if not isinstance(anchor, dict) or set(anchor) != {"heads", "leaders", "profiles"} or not anchor["profiles"]:
             raise Corrupt("an anchor of other fields, or without profiles")
         _check_profiles(anchor["profiles"], COMPACTED_PROFILES, COMPACTED_PROFILE)
         _check_heads(anchor["heads"], len(dense) * dense[0]["n_kv_heads"])
+        _check_leaders(anchor["leaders"], anchor["heads"])
 
 
 def _check_heads(planes: Any, n_heads: int) -> None:
@@ -245,6 +246,18 @@ def _check_heads(planes: Any, n_heads: int) -> None:
     heads = [head for plane in planes for head in plane]
     if not all(type(head) is int for head in heads) or len(heads) != n_heads or sorted(heads) != list(range(n_heads)):
         raise Corrupt("not all heads, each once")
+
+
+def _check_leaders(leaders: Any, planes: list[list[int]]) -> None:
+    if not isinstance(leaders, list) or len(leaders) != len(planes):
+        raise Corrupt("not an entry in leaders for each plane")
+    for leader in leaders:
+        if leader is None:
+            continue
+        if type(leader) is not int or not 0 <= leader < len(planes):
+            raise Corrupt("a leader that is no plane")
+        if len(planes[leader]) == 1 or leaders[leader] is not None:
+            raise Corrupt("a leader of one head, or with a leader itself")
 
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape of tensors by name
@@ -259,10 +272,24 @@ def _expected_tensors(tensors: dict[str, np.ndarray], groups: list[list[Fields]]
         dense = [layer for layers in groups for layer in layers]
         expected |= _of_compaction(tensors, dense)
         for ratio, anchor in content["compaction"]["anchors"].items():
-            for side, dim in (("keys", "key_dim"), ("values", "value_dim")):
-                for number, heads in enumerate(anchor["heads"]):
-                    at, width = f"{side}.{number}", len(heads) * dense[0][dim]
-                    expected |= _of_plane(tensors, f"compaction.{ratio}.", anchor["profiles"], at, width)
+            expected |= _of_anchor(tensors, f"compaction.{ratio}.", anchor, dense[0])
+    return expected
+
+
+def _of_anchor(tensors: dict[str, np.ndarray], prefix: str, anchor: Fields, layer: Fields) -> Shapes:
+    """Those of all planes. A predictor may be there or not, where anything is known to predict from."""
+    expected: Shapes = {}
+    keys, values = ([len(heads) * layer[dim] for heads in anchor["heads"]] for dim in ("key_dim", "value_dim"))
+    for number, leader in enumerate(anchor["leaders"]):
+        of_leader = 0 if leader is None else keys[leader] + values[leader]
+        for side, width, known in (
+            ("keys", keys[number], of_leader),
+            ("values", values[number], of_leader + keys[number]),
+        ):
+            expected |= _of_plane(tensors, prefix, anchor["profiles"], f"{side}.{number}", width)
+            predictor = f"{prefix}{side}.{number}.predictor"
+            if known and predictor in tensors:
+                expected[predictor] = ("float16", (known, width))
     return expected
 
 

@@ -242,14 +242,16 @@ def plane_of(tensors: Fields, at: str, profile: str, prefix: str = "") -> Plane:
     return Plane(steps[kept].astype(np.float64), [int(scale) for scale in scales[kept]], inverse[kept], mean)
 
 
-def rows_of(symbols: np.ndarray, plane: Plane, centroid: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, and the M of each of their numbers."""
+def rows_of(
+    symbols: np.ndarray, plane: Plane, centroid: float, predicted: Any = 0.0, of_predicted: Any = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, and the M of each of their numbers. predicted: what is added to them; of_predicted: to their M."""
     s = symbols.astype(np.float64)
     coefficients = np.sign(s) * (np.abs(s) - centroid) * plane.steps
-    rows = coefficients @ plane.inverse + plane.mean
+    rows = coefficients @ plane.inverse + plane.mean + predicted
     if rows.size and np.abs(rows).max() >= LIMIT:
         raise Corrupt("numbers that no model has")
-    return rows, np.abs(coefficients) @ np.abs(plane.inverse) + np.abs(plane.mean)
+    return rows, np.abs(coefficients) @ np.abs(plane.inverse) + np.abs(plane.mean) + of_predicted
 
 
 def turn(rows: np.ndarray, magnitude: np.ndarray, bound: np.ndarray, positions: np.ndarray, layer: Fields) -> None:
