@@ -96,23 +96,28 @@ def _predicted(plane: PlaneSample, known: Sequence[Rows], n_tokens: int) -> Pred
 def _predictor(known: Rows, plane: PlaneSample, n_tokens: int) -> Predictor | None:
     """The map with the ridge that is best on every second block, fitted to the others; None if none is worth it."""
     second: Bool[np.ndarray, " n"] = np.arange(len(known)) // n_tokens % 2 == 1
+    if not second.any():
+        return None
     left = {}
     for ridge in RIDGES:
         predictor = _ridge(known[~second], plane.every[~second], ridge)
-        left[ridge] = _weighted_variance(plane.every[second] - known[second] @ predictor, plane.metric)
-    best = min(left, key=lambda ridge: left[ridge])
-    if not left[best] <= _WORTH * _weighted_variance(plane.every[second], plane.metric):
+        if np.isfinite(predictor).all():
+            left[ridge] = _weighted_variance(plane.every[second] - known[second] @ predictor, plane.metric)
+    best = min(left, key=lambda ridge: left[ridge], default=None)
+    if best is None or not left[best] <= _WORTH * _weighted_variance(plane.every[second], plane.metric):
         return None
-    return _ridge(known, plane.every, best)
+    found = _ridge(known, plane.every, best)
+    return found if np.isfinite(found).all() else None
 
 
 def _ridge(known: Rows, rows: Rows, ridge: float) -> Predictor:
-    """As bundles hold it, in float16."""
+    """As bundles hold it, in float16: what that does not hold is infinite."""
     x, y = (each - each.mean(axis=0) for each in (known.astype(np.float64), rows.astype(np.float64)))
     gram = x.T @ x
     pull = ridge * max(float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
     found = np.linalg.solve(gram + pull * np.eye(len(gram)), x.T @ y)
-    halves: Predictor = found.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        halves: Predictor = found.astype(np.float16).astype(np.float32)
     return halves
 
 

@@ -236,7 +236,7 @@ def _read_anchor(content: Mapping[str, Any], tensors: Tensors, at: str, spec: Mo
     )
 
 
-def _read_leaders(leaders: Sequence[int | None], heads: Sequence[tuple[int, ...]], at: str) -> tuple[int | None, ...]:
+def _read_leaders(leaders: Any, heads: Sequence[tuple[int, ...]], at: str) -> tuple[int | None, ...]:
     """Leaders have none themselves, so that they can be decoded first, and all tokens, so that every row finds its."""
     lead = [i for i, plane in enumerate(heads) if len(plane) > 1 and leaders[i] is None]
     if len(leaders) != len(heads) or not all(leader is None or leader in lead for leader in leaders):

@@ -216,18 +216,24 @@ def test_a_stream_that_lies_is_corrupt_and_costs_nothing(kind: int, payload: byt
 # ---- fuzz: a frame made wrong by a few random changes, under right checksums
 
 
+def a_target(recipe: CompactingRecipe, profile: str, ratio: float, text: Text) -> tuple[Compactor, bytes, bytes]:
+    bundle = recipe.bundle()
+    compactor = bundle.compactor(profile, ratio)
+    return compactor, bundle.pack(), codec.encode(BLOCK_ID, compact_text(compactor, text), coder=compactor)
+
+
 def targets() -> list[tuple[Compactor, bytes, bytes]]:
-    """Frames to begin with: whole heads beside others, every head alone, streams that escape all, nothing kept."""
+    """Frames to begin with: whole heads beside others, once led; heads alone, streams that escape all, nothing kept."""
     made = [(COMPACTOR, FILE, FRAME)]
     for n, (coding, ratio, first) in enumerate(
         [(Coding(0.02, 0.3), 8.0, 0), (Coding(1.0, 0.0, scale=0), 4.0, 1 << 20), (Coding(dropped=1.0), 1.5, 64)]
     ):
         spec = compacting_model([LINEAR, PARTIAL], "bfloat16", n_heads=2, n_query_heads=0, n_tokens=40)
-        bundle = CompactingRecipe(spec, {8: ()}, {"x16": coding}, steep=(2,), seed=n).bundle()
-        compactor = bundle.compactor("x16", ratio)
-        block = compact_text(compactor, Text(spec, 40, first, seed=n))
-        made.append((compactor, bundle.pack(), codec.encode(BLOCK_ID, block, coder=compactor)))
-    return made
+        recipe = CompactingRecipe(spec, {8: ()}, {"x16": coding}, steep=(2,), seed=n)
+        made.append(a_target(recipe, "x16", ratio, Text(spec, 40, first, seed=n)))
+    spec = compacting_model([PARTIAL, LINEAR], n_heads=3, n_query_heads=0, n_tokens=40)
+    recipe = CompactingRecipe(spec, {2: [(4, 2), (0, 1)], 8: ()}, seed=3)
+    return [*made, a_target(recipe, "x8", 1.25, Text(spec, 40, 0, seed=3))]
 
 
 TARGETS = targets()

@@ -1,6 +1,7 @@
 """Bundles that compact, with a few things wrong: taken or refused by both readers, and what they claim costs little."""
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from safetensors.numpy import load
 from kvcached.codec.bundle import Bundle
 from kvcached.errors import CorruptBundleError, UnsupportedBundleError
 
-SPEC = compacting_model([LINEAR], n_heads=2, n_query_heads=4, n_tokens=40)
-FILE = CompactingRecipe(SPEC, {4: (), 8: ()}, steep=(1,)).bundle().pack()
+SPEC = compacting_model([LINEAR], n_heads=5, n_query_heads=5, n_tokens=40, value_dim=2)
+FILE = CompactingRecipe(SPEC, {8: [(3, 1), (0, 4)]}, steep=(1,), seed=3, rank=0.2).bundle().pack()
 TENSORS = load(FILE)
+PREDICTORS = [name for name in sorted(TENSORS) if name.endswith(".predictor")]
 
 
 def mutated(seed: int) -> bytes:
@@ -27,13 +29,22 @@ def mutated(seed: int) -> bytes:
     of_compaction = [name for name in sorted(tensors) if name.startswith("compaction.")]
     of_none = [name for name in of_compaction if name.count(".") == 1]  # of no plane
     for _ in range(rng.integers(1, 3)):
-        if rng.random() < 0.5:
+        if rng.random() < 0.2:
+            other_leaders(rng, found)
+        elif rng.random() < 0.4:
             spoil(rng, found["compaction"] if rng.random() < 0.8 and found.get("compaction") else found)
         else:
-            name = str(rng.choice(of_none if rng.random() < 0.5 else of_compaction))
+            name = str(rng.choice([of_none, of_compaction, PREDICTORS][rng.integers(3)]))
             if tensors.get(name, np.zeros(0)).size and (wrong := wrong_tensor(rng, tensors.pop(name))) is not None:
                 tensors[name] = wrong
     return sealed(found, tensors)
+
+
+def other_leaders(rng: np.random.Generator, found: dict[str, Any]) -> None:
+    """One plane has another leader, which may be right: most planes have no predictors, or as many numbers known."""
+    with suppress(KeyError, TypeError, AttributeError, IndexError):  # it is spoilt already
+        leaders = found["compaction"]["anchors"]["8"]["leaders"]
+        leaders[rng.integers(len(leaders))] = [None, *range(-1, len(leaders) + 1)][rng.integers(len(leaders) + 3)]
 
 
 def assert_lawful(seed: int) -> bool:
