@@ -133,8 +133,13 @@ def test_behind_a_compacted_prefix_they_are_sampled_too(llama: tuple[Any, ModelS
     assert [("queries" in block.tensors) for block in blocks_of(spec, cache)] == [True, True, True, False]
 
 
-def test_unless_asked_for_nothing_is_sampled_and_windows_and_batches_never(tmp_path: Path) -> None:
+def test_unless_asked_for_nothing_is_sampled_and_windows_and_batches_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gemma, config = build("gemma3_text", mx.float32)
+    attention.install(gemma)
+    for module in attention.modules_of(gemma):  # another test may have asked, and that is for good
+        monkeypatch.setattr(getattr(module, attention.NAME), "samples", False)
     spec = model_spec(gemma, save(gemma, config, tmp_path), block_size=BLOCK)
     attention.install(gemma)
     cache = fresh_cache(gemma)
