@@ -4,7 +4,7 @@ ModelSpec and Fidelity come from the client, which speaks of them too. A block o
 is packed rows, so that a compacted block with heads of unequal length is the same type as a dense one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ from kvcached_client.spec import Fidelity, FidelityKind, Fingerprint, LayerKind,
 from kvcached_client.tensors import DTYPES
 
 __all__ = [
+    "Allocate",
     "BlockId",
     "Fidelity",
     "FidelityKind",
@@ -23,7 +24,19 @@ __all__ = [
     "LayerSpec",
     "ModelSpec",
     "RopeSpec",
+    "fresh",
 ]
+
+Allocate = Callable[[str, tuple[int, ...], np.dtype], Shaped[np.ndarray, "..."]]
+
+
+def fresh(_name: str, shape: tuple[int, ...], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """Memory of its own for a tensor of a block: what decodes is told where its results are to lie by an `Allocate`.
+
+    An Allocate answers with a writable, C-contiguous array of that shape and dtype, whatever it holds, or raises
+    ValueError for a shape that no array has.
+    """
+    return np.empty(shape, dtype)
 
 
 @dataclass(frozen=True, slots=True)

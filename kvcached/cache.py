@@ -14,7 +14,7 @@ from itertools import takewhile
 
 import structlog
 
-from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
+from kvcached.block import Allocate, BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec, fresh
 from kvcached.bundles import Bundles
 from kvcached.config import Config
 from kvcached.encoding import Encoding, Queries, Wish
@@ -214,9 +214,16 @@ class Cache:
         self._commit_all(self._let_go(claim))
         return claim.done
 
-    def get(self, block_id: BlockId, floor: Floor, wait_seconds: float) -> Fetch:
+    def get(
+        self,
+        block_id: BlockId,
+        floor: Floor,
+        wait_seconds: float,
+        memory_for: Callable[[pb.Entry], Allocate] = lambda _entry: fresh,
+    ) -> Fetch:
         """Starts to fetch a block. Raises OverloadedError if there is no room for it in time.
 
+        memory_for: asked at once, unless it is a miss, where the tensors of a block are to be decoded.
         A miss is a block that is absent, below the floor, or damaged (then it is gone).
         """
         entry = self.store.entry(block_id)
@@ -230,9 +237,11 @@ class Cache:
         self.store.touch([block_id])
         try:
             return Fetch(
-                block_id, self.pool.submit(Lane.GET, self._read, block_id), lambda: self.pool.gets.give_back(n_bytes)
+                block_id,
+                self.pool.submit(Lane.GET, self._read, block_id, memory_for(entry)),
+                lambda: self.pool.gets.give_back(n_bytes),
             )
-        except KvcachedError:
+        except BaseException:
             self.pool.gets.give_back(n_bytes)
             raise
 
@@ -282,11 +291,11 @@ class Cache:
         self.metrics.put_blocks.labels("refused").inc()
         self.metrics.refused_blocks.labels(error.code if isinstance(error, KvcachedError) else "INTERNAL").inc()
 
-    def _read(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
+    def _read(self, block_id: BlockId, allocate: Allocate) -> tuple[pb.Entry, KVBlock] | None:
         """In a worker: the block, or None if it left in the meantime or cannot be read."""
         start, found, reason = time.perf_counter(), None, "absent"
         try:
-            found = self._decode(block_id)
+            found = self._decode(block_id, allocate)
         except CorruptFrameError as error:
             log.error("corrupt block, removed with its descendants", block=str(block_id), error=str(error))
             self.metrics.corrupt_blocks.inc()
@@ -308,13 +317,14 @@ class Cache:
         spec = self.model(block_id.model_id)
         return self._encoding.frame(spec, block_id, block, entry, queries, self.config.zstd_level)
 
-    def _decode(self, block_id: BlockId) -> tuple[pb.Entry, KVBlock] | None:
+    def _decode(self, block_id: BlockId, allocate: Allocate = fresh) -> tuple[pb.Entry, KVBlock] | None:
         found = self.store.frame(block_id)
         if found is None:
             return None
         entry, frame = found
         pipeline = self._pipeline(self.model(block_id.model_id))
-        return entry, pipeline.decode(block_id, frame, entry.source_bytes, Fidelity.from_proto(entry.fidelity))
+        fidelity = Fidelity.from_proto(entry.fidelity)
+        return entry, pipeline.decode(block_id, frame, entry.source_bytes, fidelity, allocate)
 
     def _pipeline(self, spec: ModelSpec) -> Pipeline:
         return self._encoding.pipeline(spec)

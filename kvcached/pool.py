@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from kvcached import codec
-from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec
+from kvcached.block import Allocate, BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec, fresh
 from kvcached.codec import entropy
 from kvcached.codec.bundle import Bundle, Coder
 from kvcached.codec.compactor import Compactor
@@ -97,7 +97,12 @@ class Pipeline:
         return codec.encode(block_id, block, lineage=lineage, zstd_level=zstd_level, coder=coder)
 
     def decode(
-        self, block_id: BlockId, frame: bytes, max_source_bytes: int, fidelity: Fidelity | None = None
+        self,
+        block_id: BlockId,
+        frame: bytes,
+        max_source_bytes: int,
+        fidelity: Fidelity | None = None,
+        allocate: Allocate = fresh,
     ) -> KVBlock:
         """See codec.decode. fidelity: of the frame, which names its coder; None: EXACT."""
         coder: Coder | Compactor | None = None
@@ -105,7 +110,7 @@ class Pipeline:
             coder = self.coder(fidelity.bundle_id, fidelity.profile)
         elif fidelity and fidelity.kind == FidelityKind.COMPACTED:
             coder = self.compactor(fidelity)
-        return codec.decode(block_id, frame, max_source_bytes, coder)
+        return codec.decode(block_id, frame, max_source_bytes, coder, allocate)
 
     def coder(self, bundle_id: bytes, profile: str) -> Coder:
         """A profile of a bundle, ready for use: built once, however many ask at the same time.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcached.block import BlockId, Fidelity, FidelityKind, KVBlock
+from kvcached.block import Allocate, BlockId, Fidelity, FidelityKind, KVBlock, fresh
 from kvcached.codec import coded, compacted, compaction, container, exact, rope
 from kvcached.codec.bundle import Coder
 from kvcached.codec.compaction import BlockQueries
@@ -107,11 +107,16 @@ def _sections(block: KVBlock, coder: Coder | Compactor | None, zstd_level: int) 
 
 
 def decode(
-    block_id: BlockId, frame: bytes | memoryview, max_source_bytes: int, coder: Coder | Compactor | None = None
+    block_id: BlockId,
+    frame: bytes | memoryview,
+    max_source_bytes: int,
+    coder: Coder | Compactor | None = None,
+    allocate: Allocate = fresh,
 ) -> KVBlock:
     """The block of a frame, allocating at most a small multiple of `max_source_bytes`.
 
-    coder: that of the frame's bundle and profile, unless its fidelity is EXACT.
+    coder: that of the frame's bundle and profile, unless its fidelity is EXACT. allocate: memory for the tensors of the
+    block, in which they are decoded; those of a compacted block, which are small, lie elsewhere.
 
     Raises:
         CorruptFrameError: the bytes are damaged, or hold another block than `block_id`.
@@ -123,10 +128,10 @@ def decode(
     if header.first_position + header.n_source_tokens >= 1 << 31:
         raise CorruptFrameError(f"positions must be below 2**31, got first_position {header.first_position}")
     if header.fidelity.kind == FidelityKind.EXACT:
-        return exact.from_sections(header, sections)
+        return exact.from_sections(header, sections, allocate)
     if coder is None or header.fidelity != coder.fidelity:
         needed = f"{header.fidelity.profile!r} of bundle {header.fidelity.bundle_id.hex()[:16]}"
         raise UnsupportedFrameError(f"a frame coded with {needed} cannot be read without it")
     if isinstance(coder, Compactor):
         return compacted.from_sections(header, sections, coder)
-    return coded.from_sections(header, sections, coder)
+    return coded.from_sections(header, sections, coder, allocate)

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-from kvcached.block import KVBlock
+from kvcached.block import Allocate, KVBlock, fresh
 from kvcached.codec import entropy, exact, klt, lossless, planes, quantize
 from kvcached.codec.bundle import Coder
 from kvcached.codec.container import ALL_LAYERS, Coding, Header, Section, SectionKind
-from kvcached.codec.planes import Plane, Planes
+from kvcached.codec.planes import Merging, Plane
 from kvcached.codec.tables import PlaneCoder
 from kvcached.errors import CorruptFrameError
 from kvcached_client.tensors import DTYPES
@@ -38,7 +38,7 @@ def to_sections(block: KVBlock, coder: Coder, zstd_level: int) -> Iterator[Secti
     yield from exact.opaque_sections(block.opaque, zstd_level)
 
 
-def from_sections(header: Header, sections: Sequence[Section], coder: Coder) -> KVBlock:
+def from_sections(header: Header, sections: Sequence[Section], coder: Coder, allocate: Allocate = fresh) -> KVBlock:
     """The block of sections. Raises CorruptFrameError for those that `to_sections` does not make."""
     n_tokens = header.n_source_tokens
     if not n_tokens:  # planes of no rows would have no bytes to bound them by
@@ -51,16 +51,22 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Coder) -> 
             f"the frame {(header.n_layers, header.n_kv_heads)}"
         )
     dtype = DTYPES[coder.spec.kv_dtype]
-    split = Planes(
-        keys=_planes_of(SectionKind.KEY_PLANE, sections, coder.keys, coder.centroid, n_tokens - n_sinks, dtype),
-        values=_planes_of(SectionKind.VALUE_PLANE, sections, coder.values, coder.centroid, n_tokens - n_sinks, dtype),
-        sink_keys=_sinks(SectionKind.SINK_KEYS, sections, shapes["keys"], dtype),
-        sink_values=_sinks(SectionKind.SINK_VALUES, sections, shapes["values"], dtype),
-        first_position=header.first_position,
-    )
     if exact_ones := [s.kind.name for s in sections if s.kind in (SectionKind.KEYS, SectionKind.VALUES)]:
         raise CorruptFrameError(f"a section of {exact_ones[0]} does not belong into a frame of this fidelity")
-    return planes.merge(split, coder.spec, exact.opaque_of(sections))
+    sinks = {
+        "keys": _sinks(SectionKind.SINK_KEYS, sections, shapes["keys"], dtype),
+        "values": _sinks(SectionKind.SINK_VALUES, sections, shapes["values"], dtype),
+    }
+    n_rows = n_tokens - n_sinks
+    payloads = {
+        "keys": _payloads(SectionKind.KEY_PLANE, sections, coder.keys, n_rows, dtype),
+        "values": _payloads(SectionKind.VALUE_PLANE, sections, coder.values, n_rows, dtype),
+    }  # which bound the number of tokens
+    merging = Merging(sinks, header.first_position, n_tokens, coder.spec, allocate)
+    for side, coders in (("keys", coder.keys), ("values", coder.values)):
+        for payload, plane in zip(payloads[side], coders, strict=True):
+            merging.add(side, _decode_plane(payload, n_rows, plane, coder.centroid))
+    return merging.block(exact.opaque_of(sections, allocate))
 
 
 def _encode_plane(rows: Plane, plane: PlaneCoder, dead_zone: float) -> bytes:
@@ -78,27 +84,22 @@ def _decode_plane(payload: bytes | memoryview, n_rows: int, plane: PlaneCoder, c
     return rows
 
 
-def _planes_of(
-    kind: SectionKind,
-    sections: Sequence[Section],
-    coders: Sequence[PlaneCoder],
-    centroid: float,
-    n_rows: int,
-    dtype: np.dtype,
-) -> tuple[Plane, ...]:
-    found: Mapping[SectionKind, list[Plane]] = {kind: []}
+def _payloads(
+    kind: SectionKind, sections: Sequence[Section], coders: Sequence[PlaneCoder], n_rows: int, dtype: np.dtype
+) -> list[bytes | memoryview]:
+    """Those of the planes of one side, one for each coder."""
+    found: Mapping[SectionKind, list[bytes | memoryview]] = {kind: []}
     for section in sections:
         if section.kind != kind:
             continue
         exact.check_next(section, Coding.TRANSFORM, found)
         if section.layer >= len(coders):
             raise CorruptFrameError(f"{len(coders)} sections of {kind.name} expected, got more")
-        plane = coders[section.layer]
-        _check_tensor(section, (n_rows, plane.n_features), dtype)
-        found[kind].append(_decode_plane(section.payload, n_rows, plane, centroid))
+        _check_tensor(section, (n_rows, coders[section.layer].n_features), dtype)
+        found[kind].append(section.payload)
     if len(found[kind]) != len(coders):
         raise CorruptFrameError(f"{len(coders)} sections of {kind.name} expected, got {len(found[kind])}")
-    return tuple(found[kind])
+    return found[kind]
 
 
 def _sinks(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Shaped
 
-from kvcached.block import KVBlock
+from kvcached.block import Allocate, KVBlock, fresh
 from kvcached.codec import lossless
 from kvcached.codec.container import Coding, Header, Section, SectionKind
 from kvcached.errors import CorruptFrameError, UnsupportedFrameError
@@ -27,14 +27,17 @@ def to_sections(block: KVBlock, zstd_level: int) -> Iterator[Section]:
     yield from opaque_sections(block.opaque, zstd_level)
 
 
-def from_sections(header: Header, sections: Sequence[Section]) -> KVBlock:
+def from_sections(header: Header, sections: Sequence[Section], allocate: Allocate = fresh) -> KVBlock:
     """The block of sections. Raises CorruptFrameError for those that `to_sections` does not make."""
-    layers: dict[SectionKind, list[Shaped[np.ndarray, ...]]] = {kind: [] for kind in _DENSE.values()}
+    layers: dict[SectionKind, list[Section]] = {kind: [] for kind in _DENSE.values()}
     for section in sections:
         if section.kind != SectionKind.OPAQUE:
             check_next(section, Coding.LOSSLESS, layers)
-            layers[section.kind].append(lossless.decode(section.payload, section.dtype, section.shape))
-    return _dense_block(header, layers[SectionKind.KEYS], layers[SectionKind.VALUES], opaque_of(sections))
+            layers[section.kind].append(section)
+    _check_dense(header, layers)
+    tensors = {name: _stacked(name, layers[kind], allocate) for name, kind in _DENSE.items() if layers[kind]}
+    tensors |= opaque_of(sections, allocate)
+    return KVBlock.dense(tensors, header.n_source_tokens, header.first_position)
 
 
 def section_of(
@@ -50,7 +53,7 @@ def opaque_sections(opaque: Arrays, zstd_level: int) -> Iterator[Section]:
         yield section_of(SectionKind.OPAQUE, array, zstd_level, name=name)
 
 
-def opaque_of(sections: Sequence[Section]) -> dict[str, Shaped[np.ndarray, "..."]]:
+def opaque_of(sections: Sequence[Section], allocate: Allocate = fresh) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The opaque tensors among sections."""
     opaque: dict[str, Shaped[np.ndarray, ...]] = {}
     for section in sections:
@@ -58,8 +61,25 @@ def opaque_of(sections: Sequence[Section]) -> dict[str, Shaped[np.ndarray, "..."
             if section.name in opaque or section.name in _DENSE:
                 raise CorruptFrameError(f"two tensors are called {section.name!r}")
             check_coding(section, Coding.LOSSLESS)
-            opaque[section.name] = lossless.decode(section.payload, section.dtype, section.shape)
+            array = _allocated(section.name, section.shape, section.dtype, allocate)
+            lossless.decode_into(section.payload, array, lossless.decompressor())
+            opaque[section.name] = array
     return opaque
+
+
+def _stacked(name: str, layers: Sequence[Section], allocate: Allocate) -> Shaped[np.ndarray, "n_layers ..."]:
+    """The tensor of sections of one shape, each decoded where it is to lie."""
+    whole, zstd = _allocated(name, (len(layers), *layers[0].shape), layers[0].dtype, allocate), lossless.decompressor()
+    for section, layer in zip(layers, whole, strict=True):
+        lossless.decode_into(section.payload, layer, zstd)
+    return whole
+
+
+def _allocated(name: str, shape: tuple[int, ...], dtype: np.dtype, allocate: Allocate) -> Shaped[np.ndarray, "..."]:
+    try:
+        return allocate(name, shape, dtype)
+    except ValueError as error:  # a dim of 0 among others so large that NumPy cannot count what they span
+        raise CorruptFrameError(f"no array has the shape {shape}: {error}") from None
 
 
 def check_next(section: Section, coding: Coding, found: Mapping[SectionKind, Sequence[object]]) -> None:
@@ -81,23 +101,15 @@ def check_coding(section: Section, coding: Coding) -> None:
         raise UnsupportedFrameError(f"{section.kind.name} of coding {coding.name} expected, got {section.coding.name}")
 
 
-def _dense_block(
-    header: Header,
-    keys: list[Shaped[np.ndarray, "..."]],
-    values: list[Shaped[np.ndarray, "..."]],
-    opaque: dict[str, Shaped[np.ndarray, "..."]],
-) -> KVBlock:
+def _check_dense(header: Header, layers: Mapping[SectionKind, Sequence[Section]]) -> None:
     """A frame that passed its checksums can still be one that no encoder writes: shapes are checked here."""
     heads = (header.n_kv_heads, header.n_source_tokens)
-    for arrays in (keys, values):
-        kinds = {(array.dtype, array.shape) for array in arrays}
+    for found in layers.values():
+        kinds = {(section.dtype, section.shape) for section in found}
         # An empty layer has no bytes to bound its rows by.
-        if len(arrays) != header.n_layers or len(kinds) > 1 or any(a.shape[:-1] != heads or not a.size for a in arrays):
+        wrong = len(found) != header.n_layers or len(kinds) > 1
+        if wrong or any(len(s.shape) != 3 or s.shape[:2] != heads or 0 in s.shape for s in found):
             raise CorruptFrameError(f"{header.n_layers} layers of (heads, tokens) {heads} expected, got {kinds}")
-    dtypes = {array.dtype.name for array in (*keys, *values)}
+    dtypes = {section.dtype.name for found in layers.values() for section in found}
     if len(dtypes) > 1 or not dtypes <= set(DENSE_DTYPES):
         raise CorruptFrameError(f"keys and values of one dtype of {', '.join(DENSE_DTYPES)} expected, got {dtypes}")
-    if not keys:
-        return KVBlock.dense(opaque, header.n_source_tokens, header.first_position)
-    tensors = {"keys": np.stack(keys), "values": np.stack(values), **opaque}
-    return KVBlock.dense(tensors, header.n_source_tokens, header.first_position)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import BFloat16, Float16, Float32, Int32, Shaped
 
-from kvcached.block import KVBlock, ModelSpec
+from kvcached.block import Allocate, KVBlock, ModelSpec, fresh
 from kvcached.codec import rope
 
 N_SINKS = 4  # absolute positions 0 to 3
@@ -69,25 +69,68 @@ def split(block: KVBlock, spec: ModelSpec, layers_per_group: int) -> Planes:
 
 
 def merge(planes: Planes, spec: ModelSpec, opaque: Mapping[str, Shaped[np.ndarray, "..."]]) -> KVBlock:
-    """The dense block of planes, rounded to the KV dtype; what coding pushed beyond its largest number becomes that.
+    """The dense block of planes. Raises what `Merging` does."""
+    sinks = {"keys": planes.sink_keys, "values": planes.sink_values}
+    n_tokens = planes.sink_keys.shape[2] + max(map(len, planes.keys), default=0)
+    merging = Merging(sinks, planes.first_position, n_tokens, spec)
+    for side, of_side in (("keys", planes.keys), ("values", planes.values)):
+        for plane in of_side:
+            merging.add(side, plane)
+    return merging.block(opaque)
 
-    The layers of a group are not told: the features of all groups together are those of all layers.
+
+class Merging:
+    """A dense block that is made as its planes come, in order on each side, so that one at a time is in memory.
+
+    Numbers are rounded to the KV dtype; what coding pushed beyond its largest number becomes that. The layers of a
+    group are not told: the features of all groups together are those of all layers.
 
     Raises:
-        ValueError: the planes are not of this model.
+        ValueError: sinks or planes are not of this model.
         UnsupportedRopeError: the rotary positions of a layer cannot be applied.
     """
-    _check(planes.sink_keys, planes.sink_values, spec)
-    sinks = planes.sink_keys.shape[2]
-    n_tokens = sinks + max(map(len, planes.keys), default=0)
-    if sinks != n_sinks(planes.first_position, n_tokens):
-        raise ValueError(f"{n_tokens} tokens from position {planes.first_position} do not have {sinks} sinks")
-    turns = _turns(_positions(planes.first_position, n_tokens)[sinks:], spec)
-    tensors = {
-        "keys": _merge(planes.keys, planes.sink_keys, n_tokens, turns),
-        "values": _merge(planes.values, planes.sink_values, n_tokens, [_as_it_is] * len(turns)),
-    }
-    return KVBlock.dense({**tensors, **opaque}, n_tokens, planes.first_position)
+
+    def __init__(
+        self,
+        sinks: Mapping[str, Kept],
+        first_position: int,
+        n_tokens: int,
+        spec: ModelSpec,
+        allocate: Allocate = fresh,
+    ) -> None:
+        _check(sinks["keys"], sinks["values"], spec)
+        self._first_position, self._n_tokens, self._n_sinks = first_position, n_tokens, sinks["keys"].shape[2]
+        if self._n_sinks != n_sinks(first_position, n_tokens):
+            raise ValueError(f"{n_tokens} tokens from position {first_position} do not have {self._n_sinks} sinks")
+        turns = _turns(_positions(first_position, n_tokens)[self._n_sinks :], spec)
+        self._turns: dict[str, list[Turn]] = {"keys": turns, "values": [_as_it_is] * len(turns)}
+        self._tensors: dict[str, Shaped[np.ndarray, ...]] = {}
+        self._n_layers = dict.fromkeys(sinks, 0)  # merged
+        for side, kept in sinks.items():
+            n_layers, n_kv_heads, _, dim = kept.shape
+            self._tensors[side] = allocate(side, (n_layers, n_kv_heads, n_tokens, dim), kept.dtype)
+            self._tensors[side][:, :, : self._n_sinks] = kept
+
+    def add(self, side: str, plane: Plane) -> None:
+        """The next plane of "keys" or "values"."""
+        tensor, turns = self._tensors[side], self._turns[side]
+        n_layers, n_kv_heads, _, dim = tensor.shape
+        if len(plane) != self._n_tokens - self._n_sinks:
+            raise ValueError(f"expected planes of {self._n_tokens - self._n_sinks} rows, got {len(plane)}")
+        with np.errstate(over="ignore"):  # bounded when rounded
+            for layer in _by_layer([plane], n_kv_heads, dim):
+                at = self._n_layers[side]
+                if at == n_layers:
+                    raise ValueError(f"expected planes of the model's {n_layers} layers, got more")
+                _round_into(tensor[at, :, self._n_sinks :], turns[at](layer))
+                self._n_layers[side] += 1
+
+    def block(self, opaque: Mapping[str, Shaped[np.ndarray, "..."]]) -> KVBlock:
+        """The block, when all planes were added."""
+        n_layers = {side: len(tensor) for side, tensor in self._tensors.items()}
+        if self._n_layers != n_layers:
+            raise ValueError(f"expected planes of the model's {n_layers} layers, got those of {self._n_layers}")
+        return KVBlock.dense({**self._tensors, **opaque}, self._n_tokens, self._first_position)
 
 
 def n_sinks(first_position: int, n_tokens: int) -> int:
@@ -136,26 +179,16 @@ def _split(tensor: Kept, turns: Sequence[Turn], layers_per_group: int) -> tuple[
     return planes
 
 
-def _merge(
-    planes: Sequence[Plane], sinks: Kept, n_tokens: int, turns: Sequence[Turn]
-) -> Shaped[np.ndarray, "n_layers n_kv_heads _ _dim"]:
-    n_layers, n_kv_heads, n_sinks, dim = sinks.shape
-    layers = list(_by_layer(planes, n_kv_heads, dim))
-    if len(layers) != n_layers:
-        raise ValueError(f"expected planes of the model's {n_layers} layers, got those of {len(layers)}")
-    tensor = np.empty((n_layers, n_kv_heads, n_tokens, dim), sinks.dtype)
-    tensor[:, :, :n_sinks] = sinks
-    with np.errstate(over="ignore"):  # bounded when rounded
-        for layer, turn, out in zip(layers, turns, tensor, strict=True):
-            out[:, n_sinks:] = rounded(turn(layer), sinks.dtype)
-    return tensor
-
-
 def rounded(numbers: Float32[np.ndarray, "..."], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
     """Numbers in a KV dtype; what is beyond its largest becomes that."""
-    limit = np.float32(_LARGEST[dtype.name])
-    bounded: np.ndarray = np.clip(numbers, -limit, limit).astype(dtype)
-    return bounded
+    result = np.empty(numbers.shape, dtype)
+    _round_into(result, numbers)
+    return result
+
+
+def _round_into(out: Shaped[np.ndarray, "..."], numbers: Float32[np.ndarray, "..."]) -> None:
+    limit = np.float32(_LARGEST[out.dtype.name])
+    out[...] = np.clip(numbers, -limit, limit)
 
 
 def _by_layer(planes: Sequence[Plane], n_kv_heads: int, dim: int) -> Iterator[LayerRows]:
