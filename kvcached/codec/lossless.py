@@ -51,7 +51,10 @@ def decode_into(
 
     Raises:
         CorruptFrameError: the payload is not what `encode` makes of such a tensor.
+        ValueError: the array is not C-contiguous.
     """
+    if not array.flags.c_contiguous:  # of another one reshape makes a copy, and nothing would arrive
+        raise ValueError(f"tensors are decoded into C-contiguous arrays, got strides {array.strides}")
     _join(_planes(payload, _plane_sizes(payload, array.itemsize), array.size, zstd), array)
 
 
