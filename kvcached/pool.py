@@ -224,7 +224,8 @@ class WorkerPool:
                 waiting.clear()
             self._changed.notify_all()
         for future in dropped:
-            future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
         for thread in self._threads:
             thread.join()
 
@@ -237,6 +238,8 @@ class WorkerPool:
     def _work(self, lanes: Sequence[Lane]) -> None:
         while (found := self._next(lanes)) is not None:
             future, job = found
+            if not future.set_running_or_notify_cancel():  # nobody wants it any more
+                continue
             try:
                 result = job()
             except BaseException as error:  # noqa: BLE001 - the future carries it to whoever asked

@@ -24,7 +24,7 @@ from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
 from kvcached.metrics import Metrics
 from kvcached.status import Status
 from kvcached.store import PIN_FOREVER
-from kvcached.streams import IdleWatch, Listener, Outbox, PutReceiver, put_result, send_fetched
+from kvcached.streams import IdleWatch, Listener, Outbox, PutReceiver, miss, put_result, send_fetched
 from kvcached_client import protocol
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.protocol import METHODS, Method, Part
@@ -108,25 +108,39 @@ class Service:
             results.close()
 
     def Get(self, requests: Iterator[pb.GetRequest], context: grpc.ServicerContext) -> Iterator[Part]:  # noqa: N802
-        pending: deque[Fetch] = deque()
-        try:
-            for request in requests:
+        for request in requests:
+            pending: deque[Fetch] = deque()
+            try:
                 with _Told("get", request.request_id) as told:
                     yield from self._answer(request, pending, told, context)
-        finally:
-            for fetch in pending:
-                fetch.release()
+            finally:
+                for fetch in pending:
+                    fetch.abandon()
 
     def _answer(
         self, request: pb.GetRequest, pending: deque[Fetch], told: "_Told", context: grpc.ServicerContext
     ) -> Iterator[Part]:
         """What one request of a Get stream asks for, in order, several blocks under way at once."""
-        for block_id in self._block_ids(request):
+        asked = self._block_ids(request)
+        wanted = self._leading(asked, request) if request.longest_prefix else asked
+        for block_id in wanted:
             while (fetch := self._fetch(block_id, request, pending, context)) is None:
-                yield from send_fetched(pending.popleft(), told.counts)
+                if not (yield from send_fetched(pending.popleft(), told.counts)) and request.longest_prefix:
+                    return
             pending.append(fetch)
         while pending:
-            yield from send_fetched(pending.popleft(), told.counts)
+            if not (yield from send_fetched(pending.popleft(), told.counts)) and request.longest_prefix:
+                return
+        if len(wanted) < len(asked):
+            yield miss(asked[len(wanted)])
+
+    def _leading(self, asked: list[BlockId], request: pb.GetRequest) -> list[BlockId]:
+        """The blocks to send of those that are held; none if they are too few."""
+        spec = self._cache.model(request.model_id)
+        held = self._cache.match(spec, asked, _floor(request))
+        while spec.needs_boundary and held and not held[-1].boundary:  # nothing could be generated from there
+            held.pop()
+        return asked[: len(held) if len(held) >= request.at_least else 0]
 
     def _fetch(
         self, block_id: BlockId, request: pb.GetRequest, pending: deque[Fetch], context: grpc.ServicerContext

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -182,22 +182,27 @@ def put_result(header: pb.Header, answer: "Future[tuple[pb.Outcome, pb.Entry]] |
     )
 
 
-def send_fetched(fetch: Fetch, counts: Counter[str]) -> Iterator[Part]:
-    """Header and data of one block, or the header of a miss; counted as "sent" or "missed"."""
+def send_fetched(fetch: Fetch, counts: Counter[str]) -> Generator[Part, None, bool]:
+    """Header and data of one block, or the header of a miss; counted as "sent" or "missed". Whether it was sent."""
     try:
         found = fetch.found.result()
         counts["sent" if found else "missed"] += 1
-        yield from _block_parts(fetch.block_id, found)
+        if found:
+            yield from _block_parts(fetch.block_id, *found)
+        else:
+            yield miss(fetch.block_id)
+        return found is not None
     finally:
         fetch.release()
 
 
-def _block_parts(block_id: BlockId, found: tuple[pb.Entry, KVBlock] | None) -> Iterator[Part]:
-    header = pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
-    if found is None:
-        yield header
-        return
-    entry, block = found
+def miss(block_id: BlockId) -> pb.Header:
+    """The header of a block that is not to be had."""
+    return pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
+
+
+def _block_parts(block_id: BlockId, entry: pb.Entry, block: KVBlock) -> Iterator[Part]:
+    header = miss(block_id)
     arrays = block.to_tensors()
     described = tensors.describe(arrays)
     header.MergeFrom(

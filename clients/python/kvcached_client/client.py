@@ -138,7 +138,37 @@ class Client:
         accepts_compacted: the caller applies biases, and heads of unequal length; others are never given such blocks.
         timeout: seconds for all of them, `limits.get_seconds` at most.
         """
-        request = pb.GetRequest(
+        request = self._get_request(hashes, floor, accepts_compacted, request_id)
+        n_yielded = 0
+        for block in self._fetched(request, timeout):
+            yield block
+            n_yielded += 1
+        yield from [None] * (len(hashes) - n_yielded)
+
+    def get_longest_prefix(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        at_least: int = 1,
+        floor: FidelityKind = FidelityKind.EXACT,
+        accepts_compacted: bool = False,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Block]:
+        """The leading blocks of a chain that are held: `match` and `get` in one round trip.
+
+        at_least: nothing comes if fewer are held. The first must come within `limits.match_seconds`, the rest in time.
+        """
+        request = self._get_request(hashes, floor, accepts_compacted, request_id)
+        request.longest_prefix, request.at_least = True, at_least
+        for block in self._fetched(request, timeout):
+            if block is not None:
+                yield block
+
+    def _get_request(
+        self, hashes: Sequence[bytes], floor: FidelityKind, accepts_compacted: bool, request_id: str
+    ) -> pb.GetRequest:
+        return pb.GetRequest(
             model_id=self.model_id,
             namespace=self.namespace,
             block_hashes=hashes,
@@ -146,18 +176,27 @@ class Client:
             accepts_compacted=accepts_compacted,
             request_id=_printable(request_id),
         )
-        n_yielded = 0
+
+    def _fetched(self, request: pb.GetRequest, timeout: float | None) -> Iterator[Block | None]:
+        """An item for each block asked for, or for fewer if the stream fails; of a prefix, up to the first miss."""
+        n_asked, n_yielded = len(request.block_hashes), 0
+        seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
         try:
             with _Attempt(self) as attempt:
-                if not attempt.refused and hashes:
-                    seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
-                    parts = self._connection.get(request, seconds)
-                    for block_hash in hashes:
-                        yield self._read_block(parts, block_hash, accepts_compacted)
-                        n_yielded += 1
+                if attempt.refused or not n_asked:
+                    return
+                parts = self._connection.get(
+                    request, seconds, self.limits.match_seconds if request.longest_prefix else None
+                )
+                for block_hash in request.block_hashes:
+                    block = self._read_block(parts, block_hash, request.accepts_compacted)
+                    if block is None and request.longest_prefix:
+                        next(parts, None)  # the end, if the daemon knows of prefixes: nothing is left to cancel
+                        return
+                    yield block
+                    n_yielded += 1
         except (DaemonError, DecodeError, ValueError) as error:
-            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, len(hashes), error)
-        yield from [None] * (len(hashes) - n_yielded)
+            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, n_asked, error)
 
     def _read_block(self, parts: Iterator[Part], block_hash: bytes, accepts_compacted: bool) -> Block | None:
         """The next block of a Get stream. Raises ValueError where the stream is not what was asked for."""

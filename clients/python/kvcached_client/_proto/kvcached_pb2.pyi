@@ -222,20 +222,24 @@ class PutResult(_message.Message):
     def __init__(self, block_hash: _Optional[bytes] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id")
+    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "longest_prefix", "at_least")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_COMPACTED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
     floor: FidelityKind
     accepts_compacted: bool
     request_id: str
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    longest_prefix: bool
+    at_least: int
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., longest_prefix: bool = ..., at_least: _Optional[int] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "before_put")
