@@ -629,18 +629,20 @@ class FidelityStatus(_message.Message):
     def __init__(self, kind: _Optional[_Union[FidelityKind, str]] = ..., n_blocks: _Optional[int] = ..., n_tokens: _Optional[int] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
-    __slots__ = ("n_workers", "n_jobs", "put_bytes", "get_bytes", "limit_bytes")
+    __slots__ = ("n_workers", "n_jobs", "put_bytes", "get_bytes", "limit_bytes", "device")
     N_WORKERS_FIELD_NUMBER: _ClassVar[int]
     N_JOBS_FIELD_NUMBER: _ClassVar[int]
     PUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     GET_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     n_workers: int
     n_jobs: int
     put_bytes: int
     get_bytes: int
     limit_bytes: int
-    def __init__(self, n_workers: _Optional[int] = ..., n_jobs: _Optional[int] = ..., put_bytes: _Optional[int] = ..., get_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, n_workers: _Optional[int] = ..., n_jobs: _Optional[int] = ..., put_bytes: _Optional[int] = ..., get_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("frames",)
