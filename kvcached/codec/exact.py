@@ -110,6 +110,6 @@ def _check_dense(header: Header, layers: Mapping[SectionKind, Sequence[Section]]
         wrong = len(found) != header.n_layers or len(kinds) > 1
         if wrong or any(len(s.shape) != 3 or s.shape[:2] != heads or 0 in s.shape for s in found):
             raise CorruptFrameError(f"{header.n_layers} layers of (heads, tokens) {heads} expected, got {kinds}")
-    dtypes = {section.dtype.name for found in layers.values() for section in found}
-    if len(dtypes) > 1 or not dtypes <= set(DENSE_DTYPES):
+    dtypes = {section.dtype for found in layers.values() for section in found}
+    if len(dtypes) > 1 or any(dtype.name not in DENSE_DTYPES for dtype in dtypes):
         raise CorruptFrameError(f"keys and values of one dtype of {', '.join(DENSE_DTYPES)} expected, got {dtypes}")
