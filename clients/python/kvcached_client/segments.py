@@ -262,7 +262,8 @@ def attach(path: Path, n_bytes: int, timeout: float = _ATTACH_SECONDS) -> Lease:
 
 def _received(connection: socket.socket) -> Lease:
     """The daemon's answer. Room for more descriptors than come: on macOS those that do not fit would leak."""
-    answer, fds, _flags, _address = socket.recv_fds(connection, LENT.size, 4)
+    not_inherited = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    answer, fds, _flags, _address = socket.recv_fds(connection, LENT.size, 4, not_inherited)
     try:
         answer += receive(connection, LENT.size - len(answer))
         if len(answer) != LENT.size or len(fds) != 1:
