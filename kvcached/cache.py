@@ -65,11 +65,16 @@ class _Claim:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fetch:
-    """A block on its way out. The room it takes in memory is given back by `release`, once, when it was sent."""
+    """A block on its way out. The room it takes in memory is given back once, by `release` when it was sent."""
 
     block_id: BlockId
     found: "Future[tuple[pb.Entry, KVBlock] | None]"
     release: Callable[[], None]
+
+    def abandon(self) -> None:
+        """For one that is not going to be sent: nor is it decoded, unless that has begun."""
+        self.found.cancel()
+        self.found.add_done_callback(lambda _: self.release())  # its memory is written to until then
 
 
 class Cache:

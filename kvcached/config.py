@@ -122,6 +122,10 @@ class Config(BaseModel):
 
     # performance
     workers: Annotated[int, Ge(1), Le(256)] = Field(os.cpu_count() or 1, description="threads that encode and decode")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        "auto",
+        description="what transforms planes of coded blocks: cpu, gpu (a Mac's, by mlx), or auto: the faster one",
+    )
     idle_seconds: Annotated[float, Ge(1), Le(3600)] = _live(60.0, "time for which an open stream may send nothing")
     queue_bytes: Annotated[Size, Ge(MIB)] = _live(512 * MIB, "blocks in memory on their way in, and as many out")
     segment_bytes: Annotated[Size, Ge(0)] = Field(

@@ -165,7 +165,7 @@ def _print_status(response: pb.StatusResponse) -> None:
         "disk": f"{size(int(counters['put_stored_bytes_total']))} stored since start, "
         f"{sum(n for name, n in counters.items() if name.startswith('evicted_blocks')):,.0f} blocks evicted",
         "queue": f"{pool.n_jobs} jobs, {size(pool.put_bytes)} in and {size(pool.get_bytes)} out "
-        f"of {size(pool.limit_bytes)} each, {pool.n_workers} workers",
+        f"of {size(pool.limit_bytes)} each, {pool.n_workers} workers, {pool.device}",
         "metrics": f"{response.web_address}/metrics" if response.web_address else response.web_problem or "off",
     }
     for name, value in [*rows.items(), *(("moved aside", moved) for moved in store.set_aside)]:

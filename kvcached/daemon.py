@@ -23,7 +23,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
-from kvcached import __version__, logs, sockets
+from kvcached import __version__, devices, logs, sockets
 from kvcached.cache import Cache
 from kvcached.calibrating import is_fitting
 from kvcached.config import Config, describe, load
@@ -61,7 +61,7 @@ class Daemon:
         except KvcachedError:
             self.store.close()
             raise
-        self.pool = WorkerPool(config.workers, config.queue_bytes)
+        self.pool = WorkerPool(config.workers, config.queue_bytes, devices.choose(config.device))
         self.health = HealthServicer()
         cache = Cache(self.store, self.pool, self.metrics, config)
         self.pool.submit(Lane.GET, cache.warm)

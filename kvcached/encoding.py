@@ -100,7 +100,7 @@ class Encoding:
         raise PreconditionError(f"unknown bundle {bundle_id.hex()}: install it first")
 
     def pipeline(self, spec: ModelSpec) -> Pipeline:
-        return self._pool.pipeline(spec, lambda spec: Pipeline(spec, self._bundles.get))
+        return self._pool.pipeline(spec, lambda spec: Pipeline(spec, self._bundles.get, self._pool.device))
 
     def frame(
         self,

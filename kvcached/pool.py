@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from enum import IntEnum
 from functools import cache
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from kvcached.block import Allocate, BlockId, Fidelity, FidelityKind, KVBlock, M
 from kvcached.codec import entropy
 from kvcached.codec.bundle import Bundle, Coder
 from kvcached.codec.compactor import Compactor
+from kvcached.devices import CPU, Device
 from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
 
 T = TypeVar("T")
@@ -75,12 +77,15 @@ def _no_bundle(_bundle_id: bytes) -> Bundle | None:
 class Pipeline:
     """How blocks of one model become frames and back. Made once per model; used by all workers at once.
 
-    bundle_of: a bundle by its id, None if it is not there.
+    bundle_of: a bundle by its id, None if it is not there. device: on which planes are transformed; the rows of single
+    heads, of which compacted blocks are made, are too small to be sent anywhere.
     """
 
-    def __init__(self, spec: ModelSpec, bundle_of: Callable[[bytes], Bundle | None] = _no_bundle) -> None:
+    def __init__(
+        self, spec: ModelSpec, bundle_of: Callable[[bytes], Bundle | None] = _no_bundle, device: Device = CPU
+    ) -> None:
         self.spec = spec
-        self._bundle_of = bundle_of
+        self._bundle_of, self._device = bundle_of, device
         self._lock = threading.Lock()  # guards the coders and compactors, the last used last
         self._coders: OrderedDict[Fidelity, Coder] = OrderedDict()
         self._compactors: OrderedDict[Fidelity, Compactor] = OrderedDict()
@@ -118,7 +123,9 @@ class Pipeline:
         Raises UnsupportedFrameError if the bundle is not there, or does not have the profile.
         """
         fidelity = Fidelity(FidelityKind.CODED, profile, bundle_id=bundle_id)
-        return self._ready(self._coders, fidelity, lambda bundle: bundle.coder(profile))
+        return self._ready(
+            self._coders, fidelity, lambda bundle: replace(bundle.coder(profile), product=self._device.product())
+        )
 
     def compactor(self, fidelity: Fidelity) -> Compactor:
         """The same, for a fidelity that is COMPACTED, and for blocks of this model's size.
@@ -169,8 +176,8 @@ class Pipeline:
 class WorkerPool:
     """Threads and what they share. See the module."""
 
-    def __init__(self, n_workers: int, limit_bytes: int) -> None:
-        self.puts, self.gets = ByteBudget(limit_bytes), ByteBudget(limit_bytes)
+    def __init__(self, n_workers: int, limit_bytes: int, device: Device = CPU) -> None:
+        self.puts, self.gets, self.device = ByteBudget(limit_bytes), ByteBudget(limit_bytes), device
         self.n_workers = n_workers
         self._changed = threading.Condition()  # guards what follows
         self._waiting: dict[Lane, deque[tuple[Future[Any], Callable[[], Any]]]] = {lane: deque() for lane in Lane}
@@ -224,7 +231,8 @@ class WorkerPool:
                 waiting.clear()
             self._changed.notify_all()
         for future in dropped:
-            future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
         for thread in self._threads:
             thread.join()
 
@@ -237,6 +245,8 @@ class WorkerPool:
     def _work(self, lanes: Sequence[Lane]) -> None:
         while (found := self._next(lanes)) is not None:
             future, job = found
+            if not future.set_running_or_notify_cancel():  # nobody wants it any more
+                continue
             try:
                 result = job()
             except BaseException as error:  # noqa: BLE001 - the future carries it to whoever asked

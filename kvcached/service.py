@@ -26,7 +26,7 @@ from kvcached.lending import Lending
 from kvcached.metrics import Metrics
 from kvcached.status import Status
 from kvcached.store import PIN_FOREVER
-from kvcached.streams import IdleWatch, Listener, Outbox, Outgoing, PutReceiver, Road, put_result
+from kvcached.streams import IdleWatch, Listener, Outbox, Outgoing, PutReceiver, Road, miss, put_result
 from kvcached_client import protocol
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.protocol import METHODS, Method, Part
@@ -110,26 +110,40 @@ class Service:
             results.close()
 
     def Get(self, requests: Iterator[pb.GetRequest], context: grpc.ServicerContext) -> Iterator[Part]:  # noqa: N802
-        pending: deque[Outgoing] = deque()
-        try:
-            for request in requests:
+        for request in requests:
+            pending: deque[Outgoing] = deque()
+            try:
                 with _Told("get", request.request_id) as told:
                     yield from self._answer(request, pending, told, context)
-        finally:
-            for outgoing in pending:
-                outgoing.release()
+            finally:
+                for outgoing in pending:
+                    outgoing.abandon()
 
     def _answer(
         self, request: pb.GetRequest, pending: deque[Outgoing], told: "_Told", context: grpc.ServicerContext
     ) -> Iterator[Part]:
         """What one request of a Get stream asks for, in order, several blocks under way at once."""
+        asked = self._block_ids(request)
+        wanted = self._leading(asked, request) if request.longest_prefix else asked
         road = Road(self._lending.lease(request.lease), self._cache.metrics)
-        for block_id in self._block_ids(request):
+        for block_id in wanted:
             while (outgoing := self._fetch(block_id, request, road, pending, context)) is None:
-                yield from pending.popleft().parts(told.counts)
+                if not (yield from pending.popleft().parts(told.counts)) and request.longest_prefix:
+                    return
             pending.append(outgoing)
         while pending:
-            yield from pending.popleft().parts(told.counts)
+            if not (yield from pending.popleft().parts(told.counts)) and request.longest_prefix:
+                return
+        if len(wanted) < len(asked):
+            yield miss(asked[len(wanted)])
+
+    def _leading(self, asked: list[BlockId], request: pb.GetRequest) -> list[BlockId]:
+        """The blocks to send of those that are held; none if they are too few."""
+        spec = self._cache.model(request.model_id)
+        held = self._cache.match(spec, asked, _floor(request))
+        while spec.needs_boundary and held and not held[-1].boundary:  # nothing could be generated from there
+            held.pop()
+        return asked[: len(held) if len(held) >= request.at_least else 0]
 
     def _fetch(
         self,

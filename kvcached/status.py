@@ -95,6 +95,7 @@ class Status(Collector):
             put_bytes=pool.puts.used_bytes,
             get_bytes=pool.gets.used_bytes,
             limit_bytes=pool.puts.limit_bytes,
+            device=pool.device.name,
         )
 
     def _announced(self) -> list[pb.Engine]:

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -242,22 +242,31 @@ class Outgoing:
     def __init__(self, fetch: Fetch, slots: list[Slot], metrics: Metrics) -> None:
         self._fetch, self._slots, self._metrics = fetch, slots, metrics
 
-    def parts(self, counts: Counter[str]) -> Iterator[Part]:
-        """Header and data of one block, or the header of a miss; counted as "sent" or "missed"."""
+    def parts(self, counts: Counter[str]) -> Generator[Part, None, bool]:
+        """Header and data of one block, or the header of a miss; counted as "sent" or "missed". Whether it was sent."""
         try:
             found = self._fetch.found.result()
             counts["sent" if found else "missed"] += 1
-            slot = next((slot for slot in self._slots if found and slot.fill(found[1].to_tensors())), None)
-            if found:
-                self._metrics.moved_blocks.labels("Get", _road(slot is not None)).inc()
+            if not found:
+                yield miss(self._fetch.block_id)
+                return False
+            entry, arrays = found[0], found[1].to_tensors()
+            slot = next((slot for slot in self._slots if slot.fill(arrays)), None)
+            self._metrics.moved_blocks.labels("Get", _road(slot is not None)).inc()
             if slot:
                 self._slots.clear()  # from the header on it is the caller's
-            yield from _block_parts(self._fetch.block_id, found, slot)
+            yield from _block_parts(self._fetch.block_id, entry, arrays, slot)
+            return True
         finally:
-            self.release()
+            self._fetch.release()
+            self._return_slots()
 
-    def release(self) -> None:
-        self._fetch.release()
+    def abandon(self) -> None:
+        """For one that is not going to be sent: see Fetch."""
+        self._fetch.abandon()
+        self._return_slots()
+
+    def _return_slots(self) -> None:
         for slot in self._slots:  # not before the worker is done with it
             self._fetch.found.add_done_callback(lambda _, slot=slot: slot.give_back())  # type: ignore[misc]
 
@@ -266,13 +275,13 @@ def _road(is_segment: bool) -> str:
     return "segment" if is_segment else "in-band"
 
 
-def _block_parts(block_id: BlockId, found: tuple[pb.Entry, KVBlock] | None, slot: Slot | None) -> Iterator[Part]:
-    header = pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
-    if found is None:
-        yield header
-        return
-    entry, block = found
-    arrays = block.to_tensors()
+def miss(block_id: BlockId) -> pb.Header:
+    """The header of a block that is not to be had."""
+    return pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
+
+
+def _block_parts(block_id: BlockId, entry: pb.Entry, arrays: tensors.Arrays, slot: Slot | None) -> Iterator[Part]:
+    header = miss(block_id)
     described = tensors.describe(arrays)
     header.MergeFrom(
         pb.Header(

@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 from kvcached.block import Fidelity, FidelityKind, ModelSpec
 from kvcached.codec import rope
 from kvcached.codec.compactor import Compaction, Compactor
-from kvcached.codec.klt import Basis
+from kvcached.codec.klt import ON_CPU, Basis, Product
 from kvcached.codec.tables import (
     SIDES,
     PlaneCoder,
@@ -65,6 +65,7 @@ class Coder:
     centroid: float
     keys: tuple[PlaneCoder, ...]
     values: tuple[PlaneCoder, ...]
+    product: Product = ON_CPU
 
 
 @dataclass(frozen=True, slots=True)

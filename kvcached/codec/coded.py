@@ -33,7 +33,7 @@ def to_sections(block: KVBlock, coder: Coder, zstd_level: int) -> Iterator[Secti
         (SectionKind.VALUE_PLANE, split.values, coder.values),
     ):
         for group, (rows, plane) in enumerate(zip(side, coders, strict=True)):
-            payload = _encode_plane(rows, plane, coder.dead_zone)
+            payload = _encode_plane(rows, plane, coder)
             yield Section(kind, Coding.TRANSFORM, dtype, rows.shape, payload, group)
     yield from exact.opaque_sections(block.opaque, zstd_level)
 
@@ -65,20 +65,21 @@ def from_sections(header: Header, sections: Sequence[Section], coder: Coder, all
     merging = Merging(sinks, header.first_position, n_tokens, coder.spec, allocate)
     for side, coders in (("keys", coder.keys), ("values", coder.values)):
         for payload, plane in zip(payloads[side], coders, strict=True):
-            merging.add(side, _decode_plane(payload, n_rows, plane, coder.centroid))
+            merging.add(side, _decode_plane(payload, n_rows, plane, coder))
     return merging.block(exact.opaque_of(sections, allocate))
 
 
-def _encode_plane(rows: Plane, plane: PlaneCoder, dead_zone: float) -> bytes:
+def _encode_plane(rows: Plane, plane: PlaneCoder, coder: Coder) -> bytes:
     with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what is not finite
-        coefficients = klt.project(rows, plane.basis)
-    return entropy.encode(quantize.quantize(coefficients, plane.tables.steps, dead_zone), plane.tables.scales)
+        coefficients = klt.project(rows, plane.basis, coder.product)
+    return entropy.encode(quantize.quantize(coefficients, plane.tables.steps, coder.dead_zone), plane.tables.scales)
 
 
-def _decode_plane(payload: bytes | memoryview, n_rows: int, plane: PlaneCoder, centroid: float) -> Plane:
+def _decode_plane(payload: bytes | memoryview, n_rows: int, plane: PlaneCoder, coder: Coder) -> Plane:
     symbols = entropy.decode(payload, n_rows, plane.tables.scales)
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        rows = klt.reconstruct(quantize.dequantize(symbols, plane.tables.steps, centroid), plane.basis)
+        coefficients = quantize.dequantize(symbols, plane.tables.steps, coder.centroid)
+        rows = klt.reconstruct(coefficients, plane.basis, coder.product)
         if rows.size and not max(rows.max(), -rows.min()) < _MAX_MAGNITUDE:  # catches NaN too
             raise CorruptFrameError("a plane decodes to numbers that no model has")
     return rows

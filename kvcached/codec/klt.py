@@ -13,6 +13,7 @@ coefficients is the weighted error of rows. Decoding costs the same.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -20,6 +21,35 @@ from jaxtyping import Float32, Float64
 Plane = Float32[np.ndarray, "n_rows n_features"]
 Coefficients = Float32[np.ndarray, "n_rows n_components"]
 Square = Float64[np.ndarray, "n_features n_features"]
+
+
+@runtime_checkable
+class Product(Protocol):
+    """The two matrix products of the transform, in float32, on whatever computes them best. Thread-safe.
+
+    `forward` and `inverse` are those of a basis that lives as long as the product does.
+    """
+
+    def project(self, rows: Plane, forward: Float32[np.ndarray, "n_features n_components"]) -> Coefficients:
+        """rows @ forward, in memory component by component."""
+
+    def reconstruct(self, coefficients: Coefficients, inverse: Float32[np.ndarray, "n_components n_features"]) -> Plane:
+        """coefficients @ inverse, in memory row by row, writable."""
+
+
+class OnCpu:
+    """By NumPy's BLAS: Accelerate on a Mac."""
+
+    def project(self, rows: Plane, forward: Float32[np.ndarray, "n_features n_components"]) -> Coefficients:
+        by_component: Float32[np.ndarray, "n_components n_rows"] = forward.T @ rows.T
+        return by_component.T
+
+    def reconstruct(self, coefficients: Coefficients, inverse: Float32[np.ndarray, "n_components n_features"]) -> Plane:
+        rows: Plane = coefficients @ inverse
+        return rows
+
+
+ON_CPU = OnCpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +138,14 @@ def regularised(metric: Square, ridge: float = 0.1) -> Square:
     return result
 
 
-def project(rows: Plane, basis: Basis) -> Coefficients:
+def project(rows: Plane, basis: Basis, product: Product = ON_CPU) -> Coefficients:
     """Coefficients of rows, in memory component by component. Inverse of `reconstruct` on the span of the basis."""
-    by_component: Float32[np.ndarray, "n_components n_rows"] = basis.forward.T @ (rows - basis.mean).T
-    return by_component.T
+    return product.project(rows - basis.mean, basis.forward)
 
 
-def reconstruct(coefficients: Coefficients, basis: Basis) -> Plane:
+def reconstruct(coefficients: Coefficients, basis: Basis, product: Product = ON_CPU) -> Plane:
     """Rows of coefficients."""
-    rows: Plane = coefficients @ basis.inverse
+    rows = product.reconstruct(coefficients, basis.inverse)
     rows += basis.mean
     return rows
 

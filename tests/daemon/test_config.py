@@ -45,6 +45,7 @@ def test_without_a_file_the_defaults_hold(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("workers", "0", "greater than or equal to 1"),
         ("workers", "257", "less than or equal to 256"),
         ("workers", "two", "valid integer"),
+        ("device", "tpu", "'auto', 'cpu' or 'gpu'"),
         ("zstd_level", "20", "less than or equal to 19"),
         ("quota_bytes", "65TiB", "less than or equal to 70368744177664"),
         ("quota_bytes", "99999999999999999999", "quota_bytes"),

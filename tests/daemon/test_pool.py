@@ -255,3 +255,38 @@ def test_waiting_for_room_ends_when_some_is_given_back() -> None:
         budget.give_back(100)
         waiting.result(30)
     assert budget.used_bytes == 80
+
+
+def test_a_job_that_nobody_waits_for_any_more_does_not_run(pool: WorkerPool) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def first() -> None:
+        started.set()
+        go_on.wait(30)
+
+    lanes = [pool.submit(Lane.PUT, first), pool.submit(Lane.PUT, ran.append, "abandoned")]
+    started.wait(30)
+    assert lanes[1].cancel()
+    last = pool.submit(Lane.PUT, ran.append, "wanted")
+    go_on.set()
+    last.result(30)
+    assert ran == ["wanted"]
+
+
+def test_closing_does_not_mind_jobs_that_nobody_waits_for(pool: WorkerPool) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        started.set()
+        go_on.wait(30)
+
+    pool.submit(Lane.PUT, first)
+    started.wait(30)
+    abandoned, dropped = pool.submit(Lane.PUT, print), pool.submit(Lane.PUT, print)
+    abandoned.cancel()
+    threading.Timer(0.1, go_on.set).start()
+    pool.close()
+    assert abandoned.cancelled()
+    with pytest.raises(ShuttingDownError):
+        dropped.result()

@@ -115,3 +115,9 @@ def test_without_a_daemon_only_prefill_is_measured(run_dir: Path, tmp_path: Path
     with Client(spec, target=f"unix:{run_dir}/nobody.sock") as probe:
         rule = measure(model, lambda: fresh_cache(model), probe)
     assert rule.prefill > 0 == rule.restore
+
+
+@given(st.integers(0, 10**5), st.integers(0, 10**5), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_the_least_that_pays_is_where_it_begins_to_pay(prefill: int, restore: int, n_local: int, n_held: int) -> None:
+    rule = BreakEven(prefill, restore)
+    assert rule.pays(n_local, n_held) == (n_held > rule.least(n_local))

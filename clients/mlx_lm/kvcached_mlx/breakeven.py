@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +35,11 @@ class BreakEven:
 
     def pays(self, n_local: int, n_held: int) -> bool:
         """Whether to fetch `n_held` tokens where the first `n_local` of them are at hand anyway."""
-        return n_held > n_local and n_held - n_local > self.min_gain * n_held
+        return n_held > self.least(n_local)
+
+    def least(self, n_local: int) -> float:
+        """How many held tokens do not yet pay; all above do. Infinite if none ever do."""
+        return n_local / (1 - self.min_gain) if self.min_gain < 1 else inf
 
     def patience(self, n_local: int, n_held: int) -> float | None:
         """Seconds after which computing would have been faster; None if that is not known."""

@@ -144,8 +144,7 @@ class _Witness(Client):
         self.results += results
         return results
 
-    def get(self, hashes: Sequence[bytes], **kwargs: Any) -> Iterator[Block | None]:
-        for block in super().get(hashes, **kwargs):
-            if block:
-                self.came.append(block.fidelity)
+    def get_longest_prefix(self, hashes: Sequence[bytes], **kwargs: Any) -> Iterator[Block]:
+        for block in super().get_longest_prefix(hashes, **kwargs):
+            self.came.append(block.fidelity)
             yield block

@@ -120,23 +120,22 @@ class PromptStore:
 
     def _fetch(self, token_ids: Sequence[int], n_local: int) -> "_Fetched | None":
         """The blocks to make a cache of; None if there are none, or if they do not pay."""
-        hashes = self.client.chain(token_ids[:-1])
-        if len(hashes) * self.spec.block_size <= n_local:
+        hashes, size = self.client.chain(token_ids[:-1]), self.spec.block_size
+        paying = max(self.break_even.least(n_local), self.policy.min_tokens - 1)
+        if len(hashes) * size <= paying:
             return None
         start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
-        accepted: dict[str, Any] = {"floor": self.policy.floor, "accepts_compacted": self.policy.accepts_compacted}
-        match = self.client.match(hashes, **accepted, request_id=request_id)
-        n_blocks, n_tokens = self._usable(match.blocks, len(token_ids))
-        if n_tokens < self.policy.min_tokens or not self.break_even.pays(n_local, n_tokens):
-            return None
-        timeout = self.break_even.patience(n_local, n_tokens)
-        fetched: list[Block] = []
-        wanted = hashes[:n_blocks]
-        for block in self.client.get(wanted, **accepted, request_id=request_id, timeout=timeout):
-            if block is None:
-                break
-            fetched.append(block)
-        n_blocks, n_tokens = self._usable(fetched, len(token_ids))  # what came may be less, or worse
+        fetched = list(
+            self.client.get_longest_prefix(
+                hashes,
+                at_least=int(paying // size) + 1,
+                floor=self.policy.floor,
+                accepts_compacted=self.policy.accepts_compacted,
+                request_id=request_id,
+                timeout=self.break_even.patience(n_local, len(hashes) * size),
+            )
+        )
+        n_blocks, n_tokens = self._usable(fetched, len(token_ids))
         if n_tokens <= n_local or n_tokens < self.policy.min_tokens:
             return None
         seconds = time.perf_counter() - start

@@ -156,7 +156,39 @@ class Client:
         accepts_compacted: the caller applies biases, and heads of unequal length; others are never given such blocks.
         timeout: seconds for all of them, `limits.get_seconds` at most.
         """
-        request = pb.GetRequest(
+        request = self._get_request(hashes, floor, accepts_compacted, request_id)
+        n_yielded = 0
+        for block in self._fetched(request, timeout):
+            yield block
+            del block  # while we wait for the next one its slot is free, unless the caller keeps it
+            n_yielded += 1
+        yield from [None] * (len(hashes) - n_yielded)
+
+    def get_longest_prefix(
+        self,
+        hashes: Sequence[bytes],
+        *,
+        at_least: int = 1,
+        floor: FidelityKind = FidelityKind.EXACT,
+        accepts_compacted: bool = False,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Iterator[Block]:
+        """The leading blocks of a chain that are held: `match` and `get` in one round trip.
+
+        at_least: nothing comes if fewer are held. The first must come within `limits.match_seconds`, the rest in time.
+        """
+        request = self._get_request(hashes, floor, accepts_compacted, request_id)
+        request.longest_prefix, request.at_least = True, at_least
+        for block in self._fetched(request, timeout):
+            if block is not None:
+                yield block
+            del block
+
+    def _get_request(
+        self, hashes: Sequence[bytes], floor: FidelityKind, accepts_compacted: bool, request_id: str
+    ) -> pb.GetRequest:
+        return pb.GetRequest(
             model_id=self.model_id,
             namespace=self.namespace,
             block_hashes=hashes,
@@ -164,26 +196,36 @@ class Client:
             accepts_compacted=accepts_compacted,
             request_id=_printable(request_id),
         )
-        n_read = 0
-        lease = None
+
+    def _fetched(self, request: pb.GetRequest, timeout: float | None) -> Iterator[Block | None]:
+        """An item for each block asked for, or for fewer if the stream fails; of a prefix, up to the first miss."""
+        n_asked, n_read, lease = len(request.block_hashes), 0, None
+        seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
         try:
             with _Attempt(self) as attempt:
-                if not attempt.refused and hashes:
-                    seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
-                    lease = self._leases.current()
-                    request.lease = lease.id if lease else b""
-                    parts = self._connection.get(request, seconds)
-                    for block_hash in hashes:
-                        block = self._read_block(parts, block_hash, accepts_compacted, lease)
-                        n_read += 1
-                        yield block
-                        block = None  # while we wait for the next one its slot is free, unless the caller keeps it
+                if attempt.refused or not n_asked:
+                    return
+                lease = self._leases.current()
+                request.lease = lease.id if lease else b""
+                parts = self._connection.get(
+                    request, seconds, self.limits.match_seconds if request.longest_prefix else None
+                )
+                for block_hash in request.block_hashes:
+                    block = self._read_block(parts, block_hash, request.accepts_compacted, lease)
+                    n_read += 1
+                    if block is None and request.longest_prefix:
+                        if (
+                            next(parts, None) is None
+                        ):  # as of a daemon that knows of prefixes: nothing is left to cancel
+                            n_read = n_asked
+                        return
+                    yield block
+                    del block
         except (DaemonError, DecodeError, ValueError) as error:
-            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_read, len(hashes), error)
+            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_read, n_asked, error)
         finally:
-            if n_read < len(hashes):  # the rest may be in slots that nobody here knows of
+            if n_read < n_asked:  # the rest may be in slots that nobody here knows of
                 self._leases.drop(lease)
-        yield from [None] * (len(hashes) - n_read)
 
     def _read_block(
         self, parts: Iterator[Part], block_hash: bytes, accepts_compacted: bool, lease: Lease | None

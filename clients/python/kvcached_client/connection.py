@@ -1,6 +1,7 @@
 """Calls to a daemon that raise when they fail: for tools. Engines use `Client`, which never does."""
 
 import queue
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -49,10 +50,10 @@ class Connection:
             (False, False): self._channel.unary_unary,
             (True, False): self._channel.stream_unary,
             (True, True): self._channel.stream_stream,
+            (False, True): self._channel.unary_stream,
         }
-        return factories[method.sends_stream, method.answers_stream](
-            method.path, method.write_request, method.read_response
-        )
+        sends_stream = method.sends_stream and method.name != "Get"  # of which we send one request: a thread less
+        return factories[sends_stream, method.answers_stream](method.path, method.write_request, method.read_response)
 
     def call(self, name: str, request: Any, timeout: float = 10.0) -> Any:
         """One request, one response. Raises DaemonError."""
@@ -63,9 +64,9 @@ class Connection:
         """Results as they come. Raises DaemonError; results yielded before are good."""
         return self._stream("Put", iter(parts), timeout)
 
-    def get(self, request: pb.GetRequest, timeout: float) -> Iterator[Part]:
-        """Headers and data as they come. Raises DaemonError."""
-        return self._stream("Get", iter([request]), timeout)
+    def get(self, request: pb.GetRequest, timeout: float, first_timeout: float | None = None) -> Iterator[Part]:
+        """Headers and data as they come, the first within a time of its own. Raises DaemonError."""
+        return self._stream("Get", request, timeout, first_timeout)
 
     def calibrate(self, parts: Iterable[pb.CalibrateRequest], timeout: float) -> pb.CalibrateResponse:
         """Calibrates a model; see `tensors.calibrate_requests`. Raises DaemonError, and whatever `parts` raises."""
@@ -96,10 +97,12 @@ class Connection:
                 call.cancel()
                 _end(ahead)
 
-    def _stream(self, name: str, requests: Iterator[Any], timeout: float) -> Iterator[Any]:
+    def _stream(self, name: str, asked: Any, timeout: float, first_timeout: float | None = None) -> Iterator[Any]:
         with self._raising_daemon_errors():
-            call = self._calls[name](requests, timeout=timeout)
+            call = self._calls[name](asked, timeout=timeout)
             try:
+                if first_timeout is not None and first_timeout < timeout:
+                    yield _first(call, first_timeout)
                 yield from call
             finally:
                 call.cancel()  # a consumer that left early must not keep the daemon at work
@@ -133,6 +136,29 @@ class Connection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _first(call: Any, timeout: float) -> Any:
+    """The first message of a stream, which gRPC has no deadline for."""
+    too_late = threading.Event()
+
+    def give_up() -> None:
+        too_late.set()
+        call.cancel()
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return next(call)
+    except StopIteration:
+        raise DaemonError("INTERNAL", "the stream ended without an answer") from None
+    except grpc.RpcError:
+        if too_late.is_set():
+            raise DaemonError("DEADLINE_EXCEEDED", f"nothing came within {timeout:g} s") from None
+        raise
+    finally:
+        timer.cancel()
 
 
 def _hand_over(request: Any, ahead: "queue.Queue[Any]", call: Any) -> bool:

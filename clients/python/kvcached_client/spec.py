@@ -9,6 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from math import isfinite
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ class LayerSpec:
     opaque: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSpec:
     """Everything that changes the keys and values a model yields for given tokens; `name` alone is for people."""
 
@@ -109,8 +110,9 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     name: str = ""
 
-    @property
+    @cached_property
     def model_id(self) -> bytes:
+        """Names the model in every call; made of all fields but the name."""
         return hashlib.sha256(b"kvcached/model/1\n" + self.canonical()).digest()
 
     def canonical(self) -> bytes:

@@ -226,13 +226,15 @@ class PutResult(_message.Message):
     def __init__(self, block_hash: _Optional[bytes] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "lease")
+    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "longest_prefix", "at_least", "lease")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_COMPACTED_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
@@ -240,8 +242,10 @@ class GetRequest(_message.Message):
     floor: FidelityKind
     accepts_compacted: bool
     request_id: str
+    longest_prefix: bool
+    at_least: int
     lease: bytes
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., lease: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., longest_prefix: bool = ..., at_least: _Optional[int] = ..., lease: _Optional[bytes] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "before_put")
@@ -631,18 +635,20 @@ class FidelityStatus(_message.Message):
     def __init__(self, kind: _Optional[_Union[FidelityKind, str]] = ..., n_blocks: _Optional[int] = ..., n_tokens: _Optional[int] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
-    __slots__ = ("n_workers", "n_jobs", "put_bytes", "get_bytes", "limit_bytes")
+    __slots__ = ("n_workers", "n_jobs", "put_bytes", "get_bytes", "limit_bytes", "device")
     N_WORKERS_FIELD_NUMBER: _ClassVar[int]
     N_JOBS_FIELD_NUMBER: _ClassVar[int]
     PUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     GET_BYTES_FIELD_NUMBER: _ClassVar[int]
     LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     n_workers: int
     n_jobs: int
     put_bytes: int
     get_bytes: int
     limit_bytes: int
-    def __init__(self, n_workers: _Optional[int] = ..., n_jobs: _Optional[int] = ..., put_bytes: _Optional[int] = ..., get_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, n_workers: _Optional[int] = ..., n_jobs: _Optional[int] = ..., put_bytes: _Optional[int] = ..., get_bytes: _Optional[int] = ..., limit_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("frames",)
