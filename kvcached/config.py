@@ -128,6 +128,9 @@ class Config(BaseModel):
     )
     idle_seconds: Annotated[float, Ge(1), Le(3600)] = _live(60.0, "time for which an open stream may send nothing")
     queue_bytes: Annotated[Size, Ge(MIB)] = _live(512 * MIB, "blocks in memory on their way in, and as many out")
+    segment_bytes: Annotated[Size, Ge(0)] = Field(
+        ByteSize(256 * MIB), description="memory shared with engines of this user, of all together; 0: none"
+    )
     zstd_level: Annotated[int, Ge(1), Le(19)] = _live(1, "effort of lossless compression")
 
     def updated(self, changes: Mapping[str, Any]) -> "Config":

@@ -28,6 +28,7 @@ from kvcached.cache import Cache
 from kvcached.calibrating import is_fitting
 from kvcached.config import Config, describe, load
 from kvcached.errors import KvcachedError
+from kvcached.lending import Lending
 from kvcached.metrics import Metrics
 from kvcached.pool import Lane, WorkerPool
 from kvcached.service import MAX_CALLS, Service
@@ -35,6 +36,7 @@ from kvcached.status import Status
 from kvcached.store import Store
 from kvcached.web import Web
 from kvcached_client import protocol
+from kvcached_client.paths import segment_socket
 
 log = structlog.get_logger()
 HTTP_HEALTH = "kvcached.http"  # a service name of the health protocol
@@ -63,8 +65,9 @@ class Daemon:
         self.health = HealthServicer()
         cache = Cache(self.store, self.pool, self.metrics, config)
         self.pool.submit(Lane.GET, cache.warm)
-        self.status = Status(cache)
-        self._service = Service(cache, self.status)
+        self._lending = Lending(config.segment_bytes)
+        self.status = Status(cache, self._lending)
+        self._service = Service(cache, self.status, self._lending)
         self._server = self._build_server()
         self._web = self._build_web() if config.http_port else None
         self._is_serving = False
@@ -111,6 +114,7 @@ class Daemon:
         except (RuntimeError, OSError) as error:
             self.stop()
             raise KvcachedError(f"cannot listen on {path} {self.config.listen}: {error}") from None
+        self._lending.start(segment_socket(f"unix:{path}"))
         self._server.start()
         for name in ("", protocol.SERVICE):
             self.health.set(name, HealthCheckResponse.SERVING)
@@ -130,6 +134,7 @@ class Daemon:
             if was_idle and self._service.is_idle:  # answers are out; watchers of health would stay
                 self._server.stop(grace=None)
             was_idle = self._service.is_idle
+        self._lending.stop()
         self.pool.close()
         if self._web:
             self._web.stop()

@@ -6,6 +6,7 @@
     ├─ UnsupportedRopeError      FAILED_PRECONDITION   rotary positions that the codec cannot undo
     ├─ OverloadedError           RESOURCE_EXHAUSTED    the queue is full: try later
     ├─ QuotaExceededError        RESOURCE_EXHAUSTED    no room even after eviction, or the disk is full
+    ├─ LeaseError                ABORTED               a lease of shared memory that is not, or not any more
     ├─ UnsupportedFrameError     UNIMPLEMENTED         a newer version, or a coder that is not built in
     ├─ CorruptFrameError         DATA_LOSS             bytes that lie; becomes a miss before any caller sees it
     ├─ UnsupportedBundleError    UNIMPLEMENTED         a bundle of a newer version
@@ -41,6 +42,10 @@ class OverloadedError(KvcachedError):
 
 class QuotaExceededError(KvcachedError):
     code = "RESOURCE_EXHAUSTED"
+
+
+class LeaseError(KvcachedError):
+    code = "ABORTED"
 
 
 class UnsupportedFrameError(KvcachedError):

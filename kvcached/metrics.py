@@ -28,6 +28,8 @@ class Metrics:
         self.block_hits = self._counter("block_hits", "Blocks asked for in Get and sent, by fidelity", "fidelity")
         self.block_misses = self._counter("block_misses", "Blocks asked for in Get and not sent, by reason", "reason")
         self.get_source_bytes = self._counter("get_source_bytes", "Bytes of sent blocks as engines hold them")
+        what = "Blocks received in Put and sent in Get, by where their tensors were: in the stream or in shared memory"
+        self.moved_blocks = self._counter("moved_blocks", what, "method", "road")
         self.evicted_blocks = self._counter("evicted_blocks", "Blocks that left, descendants too, by reason", "reason")
         self.corrupt_blocks = self._counter("corrupt_blocks", "Blocks whose bytes failed a check when read")
         what = "Blocks that were to be coded and are stored exactly, by reason"

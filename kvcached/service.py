@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,14 +18,15 @@ from google.protobuf.message import DecodeError
 from kvcached import border
 from kvcached.block import BlockId
 from kvcached.bundle_service import BundleService
-from kvcached.cache import Cache, Fetch, Floor
+from kvcached.cache import Cache, Floor
 from kvcached.calibrating import Calibrating
 from kvcached.config import describe, is_live
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
+from kvcached.lending import Lending
 from kvcached.metrics import Metrics
 from kvcached.status import Status
 from kvcached.store import PIN_FOREVER
-from kvcached.streams import IdleWatch, Listener, Outbox, PutReceiver, miss, put_result, send_fetched
+from kvcached.streams import IdleWatch, Listener, Outbox, Outgoing, PutReceiver, Road, miss, put_result
 from kvcached_client import protocol
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.protocol import METHODS, Method, Part
@@ -43,8 +45,8 @@ _HANDLERS: dict[tuple[bool, bool], Callable[..., Any]] = {  # by (sends_stream, 
 class Service:
     """kvcached.v1.KvCache over one cache."""
 
-    def __init__(self, cache: Cache, status: Status) -> None:
-        self._cache, self._status = cache, status
+    def __init__(self, cache: Cache, status: Status, lending: Lending) -> None:
+        self._cache, self._status, self._lending = cache, status, lending
         self._bundles, self._calibrating = BundleService(cache), Calibrating(cache)
         self._config_lock = threading.Lock()
         self._active = _Active()
@@ -93,7 +95,7 @@ class Service:
         return pb.MatchResponse(blocks=blocks)
 
     def Put(self, parts: Iterator[Part], _: Any) -> Iterator[pb.PutResult]:  # noqa: N802
-        results, receiver = Outbox(), PutReceiver(self._cache, parts)
+        results, receiver = Outbox(), PutReceiver(self._cache, self._lending, parts)
         threading.Thread(target=receiver.run, args=(results.put,), name="put-receiver", daemon=True).start()
         try:
             with _Told("put") as told:
@@ -109,27 +111,28 @@ class Service:
 
     def Get(self, requests: Iterator[pb.GetRequest], context: grpc.ServicerContext) -> Iterator[Part]:  # noqa: N802
         for request in requests:
-            pending: deque[Fetch] = deque()
+            pending: deque[Outgoing] = deque()
             try:
                 with _Told("get", request.request_id) as told:
                     yield from self._answer(request, pending, told, context)
             finally:
-                for fetch in pending:
-                    fetch.abandon()
+                for outgoing in pending:
+                    outgoing.abandon()
 
     def _answer(
-        self, request: pb.GetRequest, pending: deque[Fetch], told: "_Told", context: grpc.ServicerContext
+        self, request: pb.GetRequest, pending: deque[Outgoing], told: "_Told", context: grpc.ServicerContext
     ) -> Iterator[Part]:
         """What one request of a Get stream asks for, in order, several blocks under way at once."""
         asked = self._block_ids(request)
         wanted = self._leading(asked, request) if request.longest_prefix else asked
+        road = Road(self._lending.lease(request.lease), self._cache.metrics)
         for block_id in wanted:
-            while (fetch := self._fetch(block_id, request, pending, context)) is None:
-                if not (yield from send_fetched(pending.popleft(), told.counts)) and request.longest_prefix:
+            while (outgoing := self._fetch(block_id, request, road, pending, context)) is None:
+                if not (yield from pending.popleft().parts(told.counts)) and request.longest_prefix:
                     return
-            pending.append(fetch)
+            pending.append(outgoing)
         while pending:
-            if not (yield from send_fetched(pending.popleft(), told.counts)) and request.longest_prefix:
+            if not (yield from pending.popleft().parts(told.counts)) and request.longest_prefix:
                 return
         if len(wanted) < len(asked):
             yield miss(asked[len(wanted)])
@@ -143,16 +146,23 @@ class Service:
         return asked[: len(held) if len(held) >= request.at_least else 0]
 
     def _fetch(
-        self, block_id: BlockId, request: pb.GetRequest, pending: deque[Fetch], context: grpc.ServicerContext
-    ) -> Fetch | None:
+        self,
+        block_id: BlockId,
+        request: pb.GetRequest,
+        road: Road,
+        pending: deque[Outgoing],
+        context: grpc.ServicerContext,
+    ) -> Outgoing | None:
         """Starts to fetch a block; None if one of `pending` must be sent first.
 
         Enough are under way to keep all workers busy. Only a stream that has nothing to send may wait for room.
         """
         if len(pending) > self._cache.pool.n_workers:
             return None
+        patience = 0 if pending else _patience(context)
+        get = partial(self._cache.get, block_id, _floor(request), patience)
         try:
-            return self._cache.get(block_id, _floor(request), 0 if pending else _patience(context))
+            return road.fetch(lambda memory_for: get(memory_for=memory_for), may_wait=not pending)
         except OverloadedError:
             if not pending:
                 raise

@@ -13,6 +13,7 @@ from kvcached import __version__, wear
 from kvcached.block import FidelityKind
 from kvcached.cache import Cache
 from kvcached.layout import Totals
+from kvcached.lending import Lending
 from kvcached.metrics import PREFIX
 from kvcached_client._proto import kvcached_pb2 as pb
 
@@ -23,9 +24,9 @@ _MODEL_LABELS = ("model", "model_id", "fidelity")
 class Status(Collector):
     """The state of one daemon. Thread-safe. web_address and web_problem are set by whoever serves HTTP."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, lending: Lending) -> None:
         self.web_address = self.web_problem = ""
-        self._cache = cache
+        self._cache, self._lending = cache, lending
         self._started = time.monotonic()
         self._lock = threading.Lock()  # guards the engines, latest last
         self._engines: OrderedDict[tuple[int, bytes, str], tuple[pb.Engine, float]] = OrderedDict()
@@ -126,6 +127,8 @@ class Status(Collector):
         queue_bytes.add_metric(["put"], pool.put_bytes)
         queue_bytes.add_metric(["get"], pool.get_bytes)
         yield queue_bytes
+        yield _gauge("leases", "Clients that share memory with the daemon", self._lending.n_leases)
+        yield _gauge("segment_bytes", "Memory shared with clients", self._lending.used_bytes)
         if (written := wear.written_bytes()) is not None:
             what = "Bytes that the system wrote to disks for this process"
             yield CounterMetricFamily(f"{PREFIX}disk_written_bytes", what, value=written)

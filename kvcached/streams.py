@@ -15,13 +15,16 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 import structlog
 
 from kvcached import border
-from kvcached.block import BlockId, KVBlock
+from kvcached.block import Allocate, BlockId, KVBlock, fresh
 from kvcached.cache import Cache, Fetch
 from kvcached.encoding import Wish
 from kvcached.errors import InvalidRequestError, KvcachedError, OverloadedError
+from kvcached.lending import Lease, Lending, Slot
+from kvcached.metrics import Metrics
 from kvcached_client import protocol, tensors
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import HASH_BYTES
@@ -30,6 +33,7 @@ from kvcached_client.protocol import CHUNK_BYTES, Part
 log = structlog.get_logger()
 T = TypeVar("T")
 _MAX_WAITING_RESULTS = 64  # of one Put
+_SLOT_SECONDS = 0.1  # to wait for a slot, until a caller has shown that it returns none in time
 
 
 class Listener(Iterator[T]):
@@ -103,8 +107,8 @@ class Outbox:
 class PutReceiver:
     """The reading side of a Put stream, in a thread of its own."""
 
-    def __init__(self, cache: Cache, parts: Iterator[Part]) -> None:
-        self._cache, self._parts = cache, parts
+    def __init__(self, cache: Cache, lending: Lending, parts: Iterator[Part]) -> None:
+        self._cache, self._lending, self._parts = cache, lending, parts
 
     def run(self, emit: Callable[[Any], None]) -> None:
         """Emits (header, future or error) for each block; an error of the stream; None at the end, always."""
@@ -132,12 +136,14 @@ class PutReceiver:
             entry.fidelity.CopyFrom(self._cache.choose(spec, entry, wish).to_proto())
             n_bytes = entry.source_bytes + border.queries_bytes(header)
             self._cache.pool.puts.take(n_bytes)
+            payload = self._copied(header, n_bytes)
         except KvcachedError as error:
             self._cache.count_refused(error)
-            self._skip(header.data_bytes)
+            self._skip(0 if header.HasField("slot") else header.data_bytes)
             return error
         try:
-            payload = protocol.read_payload(self._parts, header.data_bytes)
+            if payload is None:
+                payload = protocol.read_payload(self._parts, header.data_bytes)
             arrays = tensors.views(header.tensors, payload)
             queries = arrays.pop(border.QUERIES, None)
             block = KVBlock.dense(arrays, header.n_tokens, header.first_position)
@@ -147,7 +153,18 @@ class PutReceiver:
         except BaseException:
             self._cache.pool.puts.give_back(n_bytes)
             raise
+        self._cache.metrics.moved_blocks.labels("Put", _road(header.HasField("slot"))).inc()
         return self._cache.put(block_id, entry, block, queries)
+
+    def _copied(self, header: pb.Header, n_bytes: int) -> np.ndarray | None:
+        """The data of a block that lies in a slot; None if it is in the stream. What is refused gives its room back."""
+        if not header.HasField("slot"):
+            return None
+        try:
+            return self._lending.copied(header.lease, header.slot, header.data_bytes)
+        except BaseException:
+            self._cache.pool.puts.give_back(n_bytes)
+            raise
 
     def _skip(self, n_bytes: int) -> None:
         """Reads past the data of a refused block."""
@@ -182,18 +199,80 @@ def put_result(header: pb.Header, answer: "Future[tuple[pb.Outcome, pb.Entry]] |
     )
 
 
-def send_fetched(fetch: Fetch, counts: Counter[str]) -> Generator[Part, None, bool]:
-    """Header and data of one block, or the header of a miss; counted as "sent" or "missed". Whether it was sent."""
-    try:
-        found = fetch.found.result()
-        counts["sent" if found else "missed"] += 1
-        if found:
-            yield from _block_parts(fetch.block_id, *found)
-        else:
-            yield miss(fetch.block_id)
-        return found is not None
-    finally:
-        fetch.release()
+class Road:
+    """Where the blocks of one request of a Get are decoded: in slots of the caller's lease, while some are free."""
+
+    def __init__(self, lease: Lease | None, metrics: Metrics) -> None:
+        self._lease, self._metrics = lease, metrics
+        self._patience = _SLOT_SECONDS
+
+    def fetch(self, start: Callable[[Callable[[pb.Entry], Allocate]], Fetch], *, may_wait: bool) -> "Outgoing":
+        """A block on its way; start: fetches into memory that it asks for.
+
+        Raises OverloadedError, if the caller may not wait, where a slot will be free once others were sent.
+        """
+        slots: list[Slot] = []
+
+        def memory_for(entry: pb.Entry) -> Allocate:
+            if slot := self._slot(entry.source_bytes, may_wait):
+                slots.append(slot)
+            return slot.allocate if slot else fresh
+
+        try:
+            return Outgoing(start(memory_for), slots, self._metrics)
+        except BaseException:
+            for slot in slots:
+                slot.give_back()
+            raise
+
+    def _slot(self, n_bytes: int, may_wait: bool) -> Slot | None:
+        if self._lease is None or not 0 < n_bytes <= self._lease.get_bytes:
+            return None
+        slot = self._lease.take(n_bytes, self._patience if may_wait else 0.0)
+        if slot is None and self._patience and not may_wait:
+            raise OverloadedError("all slots are in use: send what is ready")
+        if slot is None:
+            self._patience = 0.0  # it keeps what it gets
+        return slot
+
+
+class Outgoing:
+    """A block that is fetched, and the slot, if any, that it lies in; to be released once, sent or not."""
+
+    def __init__(self, fetch: Fetch, slots: list[Slot], metrics: Metrics) -> None:
+        self._fetch, self._slots, self._metrics = fetch, slots, metrics
+
+    def parts(self, counts: Counter[str]) -> Generator[Part, None, bool]:
+        """Header and data of one block, or the header of a miss; counted as "sent" or "missed". Whether it was sent."""
+        try:
+            found = self._fetch.found.result()
+            counts["sent" if found else "missed"] += 1
+            if not found:
+                yield miss(self._fetch.block_id)
+                return False
+            entry, arrays = found[0], found[1].to_tensors()
+            slot = next((slot for slot in self._slots if slot.fill(arrays)), None)
+            self._metrics.moved_blocks.labels("Get", _road(slot is not None)).inc()
+            if slot:
+                self._slots.clear()  # from the header on it is the caller's
+            yield from _block_parts(self._fetch.block_id, entry, arrays, slot)
+            return True
+        finally:
+            self._fetch.release()
+            self._return_slots()
+
+    def abandon(self) -> None:
+        """For one that is not going to be sent: see Fetch."""
+        self._fetch.abandon()
+        self._return_slots()
+
+    def _return_slots(self) -> None:
+        for slot in self._slots:  # not before the worker is done with it
+            self._fetch.found.add_done_callback(lambda _, slot=slot: slot.give_back())  # type: ignore[misc]
+
+
+def _road(is_segment: bool) -> str:
+    return "segment" if is_segment else "in-band"
 
 
 def miss(block_id: BlockId) -> pb.Header:
@@ -201,9 +280,8 @@ def miss(block_id: BlockId) -> pb.Header:
     return pb.Header(model_id=block_id.model_id, namespace=block_id.namespace, block_hash=block_id.block_hash)
 
 
-def _block_parts(block_id: BlockId, entry: pb.Entry, block: KVBlock) -> Iterator[Part]:
+def _block_parts(block_id: BlockId, entry: pb.Entry, arrays: tensors.Arrays, slot: Slot | None) -> Iterator[Part]:
     header = miss(block_id)
-    arrays = block.to_tensors()
     described = tensors.describe(arrays)
     header.MergeFrom(
         pb.Header(
@@ -219,5 +297,9 @@ def _block_parts(block_id: BlockId, entry: pb.Entry, block: KVBlock) -> Iterator
             data_bytes=tensors.nbytes(described),
         )
     )
+    if slot:
+        header.slot = slot.offset
+        yield header
+        return
     yield header
     yield from tensors.pieces(arrays, CHUNK_BYTES)

@@ -22,20 +22,26 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("k")
 
 
+@pytest.fixture(scope="module")
+def road() -> str:
+    """How tensors travel, "segment" or "in-band"; empty: as it comes."""
+    return ""
+
+
 @pytest.fixture
-def daemon(run_dir: Path) -> Iterator[DaemonProcess]:
+def daemon(run_dir: Path, road: str) -> Iterator[DaemonProcess]:
     """A real daemon in a process of its own, on a real socket and a real disk."""
-    yield from _run_daemon(run_dir)
+    yield from _run_daemon(run_dir, road)
 
 
 @pytest.fixture(scope="module")
-def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def shared_daemon(tmp_path_factory: pytest.TempPathFactory, road: str) -> Iterator[DaemonProcess]:
     """The same for all tests of a module that look at nothing but their own models and blocks."""
-    yield from _run_daemon(tmp_path_factory.mktemp("k"))
+    yield from _run_daemon(tmp_path_factory.mktemp("k"), road)
 
 
-def _run_daemon(directory: Path) -> Iterator[DaemonProcess]:
-    process = DaemonProcess(directory)
+def _run_daemon(directory: Path, road: str) -> Iterator[DaemonProcess]:
+    process = DaemonProcess(directory, road=road)
     process.start()
     yield process
     process.stop()

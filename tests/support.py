@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from kvcached_client import Block, Client, Connection, Fingerprint, LayerSpec, ModelSpec, RopeSpec
+from kvcached_client import Block, Client, Connection, Fingerprint, LayerSpec, Limits, ModelSpec, RopeSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 from kvcached_client.hashing import ROOT
 from kvcached_client.protocol import CHUNK_BYTES, Part
+from kvcached_client.segments import Lease
 from kvcached_client.spec import kind_to_proto
 from kvcached_client.tensors import DTYPES, describe, nbytes, pieces
 
@@ -119,8 +120,8 @@ def same_tensors(a: dict, b: dict) -> bool:
 class DaemonProcess:
     """`python -m kvcached` with a store and a socket in one directory."""
 
-    def __init__(self, directory: Path, *flags: str, quota: str = "64MiB") -> None:
-        self.directory, self.flags, self.quota = directory, flags, quota
+    def __init__(self, directory: Path, *flags: str, quota: str = "64MiB", road: str = "") -> None:
+        self.directory, self.flags, self.quota, self.road = directory, flags, quota, road
         self.socket = directory / "s/kvcached.sock"
         self.store = directory / "store"
         self.log = directory / "daemon.log"
@@ -177,7 +178,12 @@ class DaemonProcess:
         return self.process.wait(timeout=60)
 
     def client(self, spec: ModelSpec, namespace: str = "") -> Client:
-        return Client(spec, namespace=namespace, target=self.target)
+        """Raises RuntimeError if it is to share memory and is lent none."""
+        limits = Limits(segment_bytes=0) if self.road == "in-band" else None
+        client = Client(spec, namespace=namespace, target=self.target, limits=limits)
+        if self.road == "segment":
+            attached(client)
+        return client
 
     def call(self, name: str, request: Any, timeout: float = 30.0) -> Any:
         """One call on a connection of its own. Raises DaemonError."""
@@ -187,6 +193,18 @@ class DaemonProcess:
     def status(self) -> pb.StatusResponse:
         response: pb.StatusResponse = self.call("Status", pb.StatusRequest())
         return response
+
+
+def attached(client: Client) -> Lease:
+    """The memory that a client shares. Raises RuntimeError if there is none in time."""
+    if (lease := client._leases.wait(20)) is None:
+        raise RuntimeError("no memory was lent")
+    return lease
+
+
+def n_moved(daemon: DaemonProcess, method: str, road: str) -> int:
+    """How many blocks went so."""
+    return int(daemon.status().counters.get(f'moved_blocks_total{{method="{method}",road="{road}"}}', 0))
 
 
 def damage_frame(daemon: DaemonProcess, block_hash: bytes) -> None:

@@ -33,6 +33,12 @@ TOKENS = list(range(16))
 _serial = itertools.count()
 
 
+@pytest.fixture(scope="module", params=["segment", "in-band"])
+def road(request: pytest.FixtureRequest) -> str:
+    """Everything here is the same whether tensors go through shared memory or through gRPC."""
+    return str(request.param)
+
+
 def fresh_spec(kv_dtype: str = "float16", **fields: object) -> ModelSpec:
     """A model that no other test knows."""
     return tiny_spec(weights=f"walk {next(_serial)}", kv_dtype=kv_dtype, **fields)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -19,6 +20,7 @@ from .breaker import CircuitBreaker
 from .connection import Connection, DaemonError
 from .hashing import chain_hashes
 from .protocol import CHUNK_BYTES, MAX_REQUEST_ID_CHARACTERS, Part, check_am_ratio, describe_part, read_payload
+from .segments import Lease, Leases, rounded
 from .spec import Fidelity, FidelityKind, ModelSpec, kind_from_proto, kind_to_proto
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,9 @@ class Block:
     compacted. A block that comes back compacted has rows of all heads one after another, layer by layer: "keys" and
     "values" [n_rows, dim], "positions" and "bias" [n_rows], and "lengths" [n_layers, n_kv_heads], the rows of each. Any
     other tensors are opaque. token_ids is empty in a block that came from the daemon, which never stores tokens.
+
+    Tensors of a block that came are read-only where they lie in memory shared with the daemon. Few blocks fit there at
+    a time: who copies them, and lets go of a block before asking for the next one, gets most of them that way.
     """
 
     block_hash: bytes
@@ -60,13 +65,17 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a call may take, in seconds, and how much may be under way, in bytes."""
+    """How long a call may take, in seconds, and how much may be under way, in bytes.
+
+    segment_bytes: memory to be shared with a daemon on this machine, at most; 0: none.
+    """
 
     match_seconds: float = 2.0
     get_seconds: float = 60.0
     put_seconds: float = 120.0
     in_flight_bytes: int = 64 << 20
     block_bytes: int = 4 << 30
+    segment_bytes: int = 64 << 20
 
 
 class Client:
@@ -90,7 +99,16 @@ class Client:
         self.limits = limits or Limits()
         self._breaker = breaker or CircuitBreaker()
         self._connection = Connection(target)
+        self._leases = Leases(self._connection.target, self._segment_bytes())
         self._registered = threading.Event()
+
+    def _segment_bytes(self) -> int:
+        """What is asked for: 8 slots of either kind, as far as the limit goes; a block may have opaque tensors too."""
+        shapes, dtype = self.spec.dense_shapes(), tensors.DTYPES.get(self.spec.kv_dtype)
+        if not shapes or not dtype:
+            return self.limits.segment_bytes
+        n_bytes = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        return min(max(16 * rounded(n_bytes), 1 << 20), self.limits.segment_bytes)
 
     def chain(self, token_ids: Sequence[int]) -> list[bytes]:
         """Hashes of the full blocks of a prompt, in this client's namespace."""
@@ -142,6 +160,7 @@ class Client:
         n_yielded = 0
         for block in self._fetched(request, timeout):
             yield block
+            del block  # while we wait for the next one its slot is free, unless the caller keeps it
             n_yielded += 1
         yield from [None] * (len(hashes) - n_yielded)
 
@@ -164,6 +183,7 @@ class Client:
         for block in self._fetched(request, timeout):
             if block is not None:
                 yield block
+            del block
 
     def _get_request(
         self, hashes: Sequence[bytes], floor: FidelityKind, accepts_compacted: bool, request_id: str
@@ -179,26 +199,37 @@ class Client:
 
     def _fetched(self, request: pb.GetRequest, timeout: float | None) -> Iterator[Block | None]:
         """An item for each block asked for, or for fewer if the stream fails; of a prefix, up to the first miss."""
-        n_asked, n_yielded = len(request.block_hashes), 0
+        n_asked, n_read, lease = len(request.block_hashes), 0, None
         seconds = min(timeout or self.limits.get_seconds, self.limits.get_seconds)
         try:
             with _Attempt(self) as attempt:
                 if attempt.refused or not n_asked:
                     return
+                lease = self._leases.current()
+                request.lease = lease.id if lease else b""
                 parts = self._connection.get(
                     request, seconds, self.limits.match_seconds if request.longest_prefix else None
                 )
                 for block_hash in request.block_hashes:
-                    block = self._read_block(parts, block_hash, request.accepts_compacted)
+                    block = self._read_block(parts, block_hash, request.accepts_compacted, lease)
+                    n_read += 1
                     if block is None and request.longest_prefix:
-                        next(parts, None)  # the end, if the daemon knows of prefixes: nothing is left to cancel
+                        if (
+                            next(parts, None) is None
+                        ):  # as of a daemon that knows of prefixes: nothing is left to cancel
+                            n_read = n_asked
                         return
                     yield block
-                    n_yielded += 1
+                    del block
         except (DaemonError, DecodeError, ValueError) as error:
-            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_yielded, n_asked, error)
+            log.warning("get failed after %d of %d blocks, the rest is a miss: %s", n_read, n_asked, error)
+        finally:
+            if n_read < n_asked:  # the rest may be in slots that nobody here knows of
+                self._leases.drop(lease)
 
-    def _read_block(self, parts: Iterator[Part], block_hash: bytes, accepts_compacted: bool) -> Block | None:
+    def _read_block(
+        self, parts: Iterator[Part], block_hash: bytes, accepts_compacted: bool, lease: Lease | None
+    ) -> Block | None:
         """The next block of a Get stream. Raises ValueError where the stream is not what was asked for."""
         header = next(parts, None)
         if not isinstance(header, pb.Header) or header.block_hash != block_hash:
@@ -209,7 +240,13 @@ class Client:
         if problems or size != tensors.nbytes(header.tensors) or size > self.limits.block_bytes:
             raise ValueError(f"block {block_hash.hex()} has a wrong size or layout: {size} bytes, {problems}")
         fidelity = Fidelity.from_proto(header.fidelity)
-        arrays = tensors.views(header.tensors, read_payload(parts, size))
+        if header.HasField("slot"):
+            if lease is None:
+                raise ValueError(f"block {block_hash.hex()} is in a slot, and nothing was lent")
+            payload = lease.block(header.slot, size)
+        else:
+            payload = read_payload(parts, size)
+        arrays = tensors.views(header.tensors, payload)
         if fidelity.kind == FidelityKind.COMPACTED:
             self._check_compacted(arrays, header, accepts_compacted)
         return Block(
@@ -257,7 +294,21 @@ class Client:
         wish = {"store_as": store_as, "store_as_bundle": store_as_bundle, "min_fidelity": least}
         ratio = 0.0 if am_ratio is None else check_am_ratio(am_ratio)
         request_id = _printable(request_id) or uuid.uuid4().hex[:16]
-        upload = _Upload(self, blocks, **wish, am_ratio=ratio, request_id=request_id)
+        fields = {**wish, "am_ratio": ratio, "request_id": request_id}
+        upload = _Upload(self, blocks, self._leases.current(), **fields)
+        results = self._upload(upload)
+        if any(result.code == "ABORTED" for result in results):  # another daemon: it knows nothing of the lease
+            self._leases.drop(upload.lease)
+            left = [i for i, result in enumerate(results) if result.code != "OK"]
+            again = self._upload(_Upload(self, [blocks[i] for i in left], None, **fields))
+            for i, result in zip(left, again, strict=True):
+                results[i] = result
+        if any(result.code == "FAILED_PRECONDITION" for result in results):
+            self._registered.clear()  # perhaps the daemon lost its store, and the model with it
+        return results
+
+    def _upload(self, upload: "_Upload") -> list[pb.PutResult]:
+        """One result for each block."""
         reason = "nobody answers (circuit breaker is open)"
         try:
             with _Attempt(self) as attempt:
@@ -271,8 +322,6 @@ class Client:
             log.warning("put failed: %s", error)
         finally:
             upload.close()
-        if any(result.code == "FAILED_PRECONDITION" for result in upload.results):
-            self._registered.clear()  # perhaps the daemon lost its store, and the model with it
         return upload.results + upload.unanswered(reason)
 
     def delete(self, hashes: Sequence[bytes]) -> int:
@@ -296,6 +345,7 @@ class Client:
             return None
 
     def close(self) -> None:
+        self._leases.close()
         self._connection.close()
 
     def __enter__(self) -> "Client":
@@ -342,15 +392,16 @@ class _Attempt:
 class _Upload:
     """The sending side of a Put: headers and data, never more than the window ahead of the results.
 
-    fields: of every header, beside those that describe the block.
+    lease: whose slots blocks go in, as far as some are free. fields: of every header, beside those that describe the
+    block.
     """
 
-    def __init__(self, client: Client, blocks: Sequence[Block], **fields: Any) -> None:
-        self._client, self._fields = client, fields
+    def __init__(self, client: Client, blocks: Sequence[Block], lease: Lease | None, **fields: Any) -> None:
+        self._client, self.lease, self._fields = client, lease, fields
         self._blocks = blocks
         self._headers = [self._header(block) for block in blocks]  # here, where the caller can be told
         self._room = threading.Condition()
-        self._in_flight: list[int] = []  # sizes of what was sent and not answered
+        self._in_flight: list[pb.Header] = []  # sent and not answered
         self._closed = False
         self.results: list[pb.PutResult] = []
 
@@ -359,8 +410,13 @@ class _Upload:
         for block, header in zip(self._blocks, self._headers, strict=True):
             if not self._wait_for_room(header):
                 return
-            yield header
-            yield from tensors.pieces(block.tensors, CHUNK_BYTES)
+            slot = self.lease.write(block.tensors, header.data_bytes) if self.lease else None
+            if self.lease and slot is not None:
+                header.slot, header.lease = slot, self.lease.id
+                yield header
+            else:
+                yield header
+                yield from tensors.pieces(block.tensors, CHUNK_BYTES)
 
     def _header(self, block: Block) -> pb.Header:
         described = tensors.describe(block.tensors)
@@ -384,16 +440,21 @@ class _Upload:
     def _wait_for_room(self, header: pb.Header) -> bool:
         limit = self._client.limits.in_flight_bytes - header.data_bytes
         with self._room:
-            self._room.wait_for(lambda: self._closed or not self._in_flight or sum(self._in_flight) <= limit)
-            self._in_flight.append(header.data_bytes)
+            self._room.wait_for(lambda: self._closed or not self._in_flight or self._sent_bytes() <= limit)
+            self._in_flight.append(header)
             return not self._closed
+
+    def _sent_bytes(self) -> int:
+        return sum(header.data_bytes for header in self._in_flight)
 
     def answered(self, result: pb.PutResult) -> bool:
         """Takes a result; False for one that answers nothing."""
         with self._room:
             if not self._in_flight:
                 return False
-            self._in_flight.pop(0)
+            header = self._in_flight.pop(0)
+            if self.lease and header.HasField("slot"):
+                self.lease.give_back(header.slot)
             self.results.append(result)
             self._room.notify_all()
             return True
@@ -402,6 +463,9 @@ class _Upload:
         with self._room:
             self._closed = True
             self._room.notify_all()
+            is_unanswered = bool(self._in_flight)
+        if is_unanswered:  # nobody knows whether the daemon still reads slots of ours
+            self._client._leases.drop(self.lease)
 
     def unanswered(self, reason: str) -> list[pb.PutResult]:
         """Refusals for all blocks that got no result, sent or not."""

@@ -30,3 +30,10 @@ def check_target(target: str) -> str:
     if scheme == "unix" and size > MAX_SOCKET_PATH_BYTES:
         raise ValueError(f"the socket path of {target} has {size} bytes, at most {MAX_SOCKET_PATH_BYTES} are possible")
     return target
+
+
+def segment_socket(target: str) -> Path | None:
+    """Where the daemon at a gRPC target lends shared memory: beside its socket. None: on no other machine, say."""
+    scheme, _, path = target.partition(":")
+    beside = Path(path.removeprefix("//") + ".memory")
+    return beside if scheme == "unix" and len(os.fsencode(beside)) <= MAX_SOCKET_PATH_BYTES else None

@@ -152,7 +152,7 @@ class Chunk(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id", "store_as", "store_as_bundle", "am_ratio")
+    __slots__ = ("model_id", "namespace", "block_hash", "parent_hash", "index", "token_ids", "n_tokens", "first_position", "fidelity", "lineage", "min_fidelity", "boundary", "tensors", "data_bytes", "found", "request_id", "store_as", "store_as_bundle", "am_ratio", "slot", "lease")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,8 @@ class Header(_message.Message):
     STORE_AS_FIELD_NUMBER: _ClassVar[int]
     STORE_AS_BUNDLE_FIELD_NUMBER: _ClassVar[int]
     AM_RATIO_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hash: bytes
@@ -191,7 +193,9 @@ class Header(_message.Message):
     store_as: str
     store_as_bundle: bytes
     am_ratio: float
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ..., store_as: _Optional[str] = ..., store_as_bundle: _Optional[bytes] = ..., am_ratio: _Optional[float] = ...) -> None: ...
+    slot: int
+    lease: bytes
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hash: _Optional[bytes] = ..., parent_hash: _Optional[bytes] = ..., index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., n_tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ..., lineage: _Optional[_Union[FidelityKind, str]] = ..., min_fidelity: _Optional[_Union[FidelityKind, str]] = ..., boundary: bool = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., data_bytes: _Optional[int] = ..., found: bool = ..., request_id: _Optional[str] = ..., store_as: _Optional[str] = ..., store_as_bundle: _Optional[bytes] = ..., am_ratio: _Optional[float] = ..., slot: _Optional[int] = ..., lease: _Optional[bytes] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
@@ -222,7 +226,7 @@ class PutResult(_message.Message):
     def __init__(self, block_hash: _Optional[bytes] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., source_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fidelity: _Optional[_Union[Fidelity, _Mapping]] = ...) -> None: ...
 
 class GetRequest(_message.Message):
-    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "longest_prefix", "at_least")
+    __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "longest_prefix", "at_least", "lease")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +235,7 @@ class GetRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LONGEST_PREFIX_FIELD_NUMBER: _ClassVar[int]
     AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
     model_id: bytes
     namespace: str
     block_hashes: _containers.RepeatedScalarFieldContainer[bytes]
@@ -239,7 +244,8 @@ class GetRequest(_message.Message):
     request_id: str
     longest_prefix: bool
     at_least: int
-    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., longest_prefix: bool = ..., at_least: _Optional[int] = ...) -> None: ...
+    lease: bytes
+    def __init__(self, model_id: _Optional[bytes] = ..., namespace: _Optional[str] = ..., block_hashes: _Optional[_Iterable[bytes]] = ..., floor: _Optional[_Union[FidelityKind, str]] = ..., accepts_compacted: bool = ..., request_id: _Optional[str] = ..., longest_prefix: bool = ..., at_least: _Optional[int] = ..., lease: _Optional[bytes] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
     __slots__ = ("model_id", "namespace", "block_hashes", "floor", "accepts_compacted", "request_id", "before_put")
