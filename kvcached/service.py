@@ -6,7 +6,7 @@ Handlers run in gRPC's threads; work happens in the pool and the store's writer.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -92,8 +92,8 @@ class Service:
         ]
         return pb.MatchResponse(blocks=blocks)
 
-    def Put(self, parts: Iterator[Part], _: Any) -> Iterator[pb.PutResult]:  # noqa: N802
-        results, receiver = Outbox(), PutReceiver(self._cache, parts)
+    def Put(self, parts: Iterator[Part], context: grpc.ServicerContext) -> Iterator[pb.PutResult]:  # noqa: N802
+        results, receiver = Outbox(), PutReceiver(self._cache, parts, _client(context))
         threading.Thread(target=receiver.run, args=(results.put,), name="put-receiver", daemon=True).start()
         try:
             with _Told("put") as told:
@@ -152,7 +152,8 @@ class Service:
         if len(pending) > self._cache.pool.n_workers:
             return None
         try:
-            return self._cache.get(block_id, _floor(request), 0 if pending else _patience(context))
+            patience = 0 if pending else _patience(context)
+            return self._cache.get(block_id, _floor(request), patience, client=_client(context))
         except OverloadedError:
             if not pending:
                 raise
@@ -317,6 +318,12 @@ class _Observed:
 
 def _floor(request: pb.MatchRequest | pb.GetRequest) -> Floor:
     return Floor(border.fidelity_kind(request.floor), request.accepts_compacted)
+
+
+def _client(context: grpc.ServicerContext) -> Hashable:
+    """Who takes turns: the connection, by what it calls itself; else the call. Peers of a socket all look the same."""
+    named = (value for key, value in context.invocation_metadata() if key == protocol.CLIENT_KEY)
+    return next(named, id(context))
 
 
 def _patience(context: grpc.ServicerContext) -> float:

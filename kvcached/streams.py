@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -103,8 +103,8 @@ class Outbox:
 class PutReceiver:
     """The reading side of a Put stream, in a thread of its own."""
 
-    def __init__(self, cache: Cache, parts: Iterator[Part]) -> None:
-        self._cache, self._parts = cache, parts
+    def __init__(self, cache: Cache, parts: Iterator[Part], client: Hashable = None) -> None:
+        self._cache, self._parts, self._client = cache, parts, client
 
     def run(self, emit: Callable[[Any], None]) -> None:
         """Emits (header, future or error) for each block; an error of the stream; None at the end, always."""
@@ -131,7 +131,7 @@ class PutReceiver:
             wish = Wish(border.store_as(header), header.store_as_bundle, border.am_ratio(header))
             entry.fidelity.CopyFrom(self._cache.choose(spec, entry, wish).to_proto())
             n_bytes = entry.source_bytes + border.queries_bytes(header)
-            self._cache.pool.puts.take(n_bytes)
+            self._cache.pool.puts.take(n_bytes, client=self._client)
         except KvcachedError as error:
             self._cache.count_refused(error)
             self._skip(header.data_bytes)
@@ -142,12 +142,12 @@ class PutReceiver:
             queries = arrays.pop(border.QUERIES, None)
             block = KVBlock.dense(arrays, header.n_tokens, header.first_position)
         except ValueError as error:
-            self._cache.pool.puts.give_back(n_bytes)
+            self._cache.pool.puts.give_back(n_bytes, self._client)
             raise InvalidRequestError(str(error)) from None
         except BaseException:
-            self._cache.pool.puts.give_back(n_bytes)
+            self._cache.pool.puts.give_back(n_bytes, self._client)
             raise
-        return self._cache.put(block_id, entry, block, queries)
+        return self._cache.put(block_id, entry, block, queries, self._client)
 
     def _skip(self, n_bytes: int) -> None:
         """Reads past the data of a refused block."""
