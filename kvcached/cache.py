@@ -6,7 +6,7 @@ checked what comes in. Futures carry answers, so that a stream can have many blo
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,13 +51,14 @@ class Floor:
 
 @dataclass(slots=True, eq=False)
 class _Claim:
-    """A put under way. `n_bytes`: the room it takes in memory. `done`: the answer.
+    """A put under way. `n_bytes`: the room it takes in memory, of `client`. `done`: the answer.
 
     waiting: children that are encoded and wait for this commit to be queued before theirs; None once nobody must wait.
     """
 
     entry: pb.Entry
     n_bytes: int
+    client: Hashable
     done: "Future[Stored]" = field(default_factory=Future)
     encoded: "Future[bytes]" = field(default_factory=Future)
     waiting: "list[tuple[BlockId, _Claim]] | None" = field(default_factory=list)
@@ -160,15 +161,21 @@ class Cache:
         return entries
 
     def put(
-        self, block_id: BlockId, entry: pb.Entry, block: KVBlock, queries: Queries | None = None
+        self,
+        block_id: BlockId,
+        entry: pb.Entry,
+        block: KVBlock,
+        queries: Queries | None = None,
+        client: Hashable = None,
     ) -> "Future[Stored]":
         """Encodes and commits a block; queries: what to compact it with, see Encoding.frame.
 
-        Room was reserved in `pool.puts` for its source bytes and its queries, and is given back when it is done.
+        Room was reserved in `pool.puts`, by `client`, for its source bytes and its queries, and is given back when it
+        is done.
         Of several puts of one block at once, one is encoded, unless a later one is better. A block whose parent is
         still under way is committed behind it. The future raises KvcachedError.
         """
-        claim = _Claim(entry, entry.source_bytes + (0 if queries is None else queries.nbytes))
+        claim = _Claim(entry, entry.source_bytes + (0 if queries is None else queries.nbytes), client)
         claim.done.add_done_callback(lambda done: self._put_done(block_id, claim, done))
         with self._lock:
             other = self._claims.get(block_id)
@@ -182,7 +189,7 @@ class Cache:
         try:
             if held := self.store.no_worse(block_id, entry):
                 return self._answer_early(claim, (pb.OUTCOME_ALREADY_HELD, held))
-            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, entry, queries)
+            claim.encoded = self.pool.submit(Lane.PUT, self._encode, block_id, block, entry, queries, client=client)
         except Exception as error:  # noqa: BLE001 - a claim that is never answered is a hang
             return self._answer_early(claim, error)
         claim.encoded.add_done_callback(lambda _: self._commit_behind(parent, block_id, claim))
@@ -225,8 +232,9 @@ class Cache:
         floor: Floor,
         wait_seconds: float,
         memory_for: Callable[[pb.Entry], Allocate] = lambda _entry: fresh,
+        client: Hashable = None,
     ) -> Fetch:
-        """Starts to fetch a block. Raises OverloadedError if there is no room for it in time.
+        """Starts to fetch a block for a client. Raises OverloadedError if there is no room for it in time.
 
         memory_for: asked at once, unless it is a miss, where the tensors of a block are to be decoded.
         A miss is a block that is absent, below the floor, or damaged (then it is gone).
@@ -238,16 +246,13 @@ class Cache:
             miss.set_result(None)
             return Fetch(block_id, miss, lambda: None)
         n_bytes = entry.source_bytes
-        self.pool.gets.take(n_bytes, wait_seconds)
+        self.pool.gets.take(n_bytes, wait_seconds, client)
         self.store.touch([block_id])
         try:
-            return Fetch(
-                block_id,
-                self.pool.submit(Lane.GET, self._read, block_id, memory_for(entry)),
-                lambda: self.pool.gets.give_back(n_bytes),
-            )
+            found = self.pool.submit(Lane.GET, self._read, block_id, memory_for(entry), client=client)
+            return Fetch(block_id, found, lambda: self.pool.gets.give_back(n_bytes, client))
         except BaseException:
-            self.pool.gets.give_back(n_bytes)
+            self.pool.gets.give_back(n_bytes, client)
             raise
 
     # ---- administration
@@ -282,7 +287,7 @@ class Cache:
         with self._lock:
             if self._claims.get(block_id) is claim:
                 del self._claims[block_id]
-        self.pool.puts.give_back(claim.n_bytes)
+        self.pool.puts.give_back(claim.n_bytes, claim.client)
         if error := done.exception():
             self.count_refused(error)
             return

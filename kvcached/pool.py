@@ -1,20 +1,21 @@
 """The worker pool: threads that encode and decode, bounded in bytes, and one pipeline for each model.
 
-Threads, because zstd and numpy release the GIL and blocks need not be copied. Gets go before puts, each in the order of
-arrival; one more thread serves gets alone, for whoever generates waits for them, and compacting a block takes long.
-Puts reserve room before their bytes are received, and are refused when there is none; gets wait for it.
+Threads, because zstd and numpy release the GIL and blocks need not be copied. Gets go before puts; among either,
+clients take turns, so that one with a thousand jobs delays another by one of them. One more thread serves gets alone,
+for whoever generates waits for them, and compacting a block takes long. Puts reserve room before their bytes are
+received, and are refused when there is none; gets wait for it. The last eighth of it is for clients that have none.
 Locks: a model's own while its pipeline is built; a pipeline's while it builds a coder, and inside it one for all while
 the kernels of the entropy coder are compiled; the pool's for everything else, held for moments only.
 """
 
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from enum import IntEnum
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from kvcached import codec
 from kvcached.block import Allocate, BlockId, Fidelity, FidelityKind, KVBlock, ModelSpec, fresh
@@ -37,19 +38,46 @@ class Lane(IntEnum):
     PUT = 1
 
 
+class Turns(Generic[T]):
+    """What waits, by client: they take turns, each in its own order. Not safe for concurrent calls."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[Hashable, deque[T]] = OrderedDict()  # whose turn it is, first
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def add(self, client: Hashable, item: T) -> None:
+        self._of.setdefault(client, deque()).append(item)
+
+    def take(self) -> T:
+        """Raises KeyError if nothing waits."""
+        client, items = self._of.popitem(last=False)
+        item = items.popleft()
+        if items:
+            self._of[client] = items
+        return item
+
+
 class ByteBudget:
-    """Bytes that may be under way. One block is let in even if it alone is larger than the limit."""
+    """Bytes that may be under way. One block is let in even if it alone is larger than the limit.
+
+    A client that has bytes under way leaves an eighth of the limit to those that have none: however much one sends,
+    another gets in. None is a client without a name, to whom this does not apply.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.used_bytes = 0
+        self._of: Counter[Hashable] = Counter()
         self._changed = threading.Condition()
 
-    def take(self, n_bytes: int, wait_seconds: float = 0.0) -> None:
+    def take(self, n_bytes: int, wait_seconds: float = 0.0, client: Hashable = None) -> None:
         """Raises OverloadedError if there is no room in time."""
 
         def fits() -> bool:
-            return not self.used_bytes or self.used_bytes + n_bytes <= self.limit_bytes
+            reserved_bytes = self.limit_bytes // 8 if self._of[client] else 0
+            return not self.used_bytes or self.used_bytes + n_bytes <= self.limit_bytes - reserved_bytes
 
         with self._changed:
             if not self._changed.wait_for(fits, wait_seconds):
@@ -57,10 +85,15 @@ class ByteBudget:
                     f"{self.used_bytes} of {self.limit_bytes} bytes are under way, no room for {n_bytes}: try later"
                 )
             self.used_bytes += n_bytes
+            if client is not None:
+                self._of[client] += n_bytes
 
-    def give_back(self, n_bytes: int) -> None:
+    def give_back(self, n_bytes: int, client: Hashable = None) -> None:
         with self._changed:
             self.used_bytes -= n_bytes
+            if client is not None:
+                self._of[client] -= n_bytes
+                self._of += Counter()  # forgets who has none
             self._changed.notify_all()
 
 
@@ -180,7 +213,7 @@ class WorkerPool:
         self.puts, self.gets, self.device = ByteBudget(limit_bytes), ByteBudget(limit_bytes), device
         self.n_workers = n_workers
         self._changed = threading.Condition()  # guards what follows
-        self._waiting: dict[Lane, deque[tuple[Future[Any], Callable[[], Any]]]] = {lane: deque() for lane in Lane}
+        self._waiting: dict[Lane, Turns[tuple[Future[Any], Callable[[], Any]]]] = {lane: Turns() for lane in Lane}
         self._closed = False
         self._pipelines: dict[bytes, Pipeline] = {}
         self._model_locks: dict[bytes, threading.Lock] = {}
@@ -197,13 +230,13 @@ class WorkerPool:
         """Jobs that wait for a worker."""
         return sum(map(len, self._waiting.values()))
 
-    def submit(self, lane: Lane, job: Callable[..., T], *args: Any) -> Future[T]:
-        """Runs a job in a worker. Raises ShuttingDownError once the pool is closed."""
+    def submit(self, lane: Lane, job: Callable[..., T], *args: Any, client: Hashable = None) -> Future[T]:
+        """Runs a job in a worker, in the turn of a client. Raises ShuttingDownError once the pool is closed."""
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
                 raise ShuttingDownError("the daemon is shutting down")
-            self._waiting[lane].append((future, lambda: job(*args)))
+            self._waiting[lane].add(client, (future, lambda: job(*args)))
             self._changed.notify_all()
         return future
 
@@ -226,9 +259,7 @@ class WorkerPool:
         """Finishes the jobs that run, drops those that wait."""
         with self._changed:
             self._closed = True
-            dropped = [future for waiting in self._waiting.values() for future, _ in waiting]
-            for waiting in self._waiting.values():
-                waiting.clear()
+            dropped = [waiting.take()[0] for waiting in self._waiting.values() for _ in range(len(waiting))]
             self._changed.notify_all()
         for future in dropped:
             if future.set_running_or_notify_cancel():
@@ -240,7 +271,7 @@ class WorkerPool:
         """Waits for the next job of some lanes, the first lane first; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or any(self._waiting[lane] for lane in lanes))
-            return next((self._waiting[lane].popleft() for lane in lanes if self._waiting[lane]), None)
+            return next((self._waiting[lane].take() for lane in lanes if self._waiting[lane]), None)
 
     def _work(self, lanes: Sequence[Lane]) -> None:
         while (found := self._next(lanes)) is not None:

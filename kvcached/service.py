@@ -6,7 +6,7 @@ Handlers run in gRPC's threads; work happens in the pool and the store's writer.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any
@@ -94,8 +94,8 @@ class Service:
         ]
         return pb.MatchResponse(blocks=blocks)
 
-    def Put(self, parts: Iterator[Part], _: Any) -> Iterator[pb.PutResult]:  # noqa: N802
-        results, receiver = Outbox(), PutReceiver(self._cache, self._lending, parts)
+    def Put(self, parts: Iterator[Part], context: grpc.ServicerContext) -> Iterator[pb.PutResult]:  # noqa: N802
+        results, receiver = Outbox(), PutReceiver(self._cache, self._lending, parts, _client(context))
         threading.Thread(target=receiver.run, args=(results.put,), name="put-receiver", daemon=True).start()
         try:
             with _Told("put") as told:
@@ -160,7 +160,7 @@ class Service:
         if len(pending) > self._cache.pool.n_workers:
             return None
         patience = 0 if pending else _patience(context)
-        get = partial(self._cache.get, block_id, _floor(request), patience)
+        get = partial(self._cache.get, block_id, _floor(request), patience, client=_client(context))
         try:
             return road.fetch(lambda memory_for: get(memory_for=memory_for), may_wait=not pending)
         except OverloadedError:
@@ -327,6 +327,12 @@ class _Observed:
 
 def _floor(request: pb.MatchRequest | pb.GetRequest) -> Floor:
     return Floor(border.fidelity_kind(request.floor), request.accepts_compacted)
+
+
+def _client(context: grpc.ServicerContext) -> Hashable:
+    """Who takes turns: the connection, by what it calls itself; else the call. Peers of a socket all look the same."""
+    named = (value for key, value in context.invocation_metadata() if key == protocol.CLIENT_KEY)
+    return next(named, id(context))
 
 
 def _patience(context: grpc.ServicerContext) -> float:

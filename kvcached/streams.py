@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -107,8 +107,8 @@ class Outbox:
 class PutReceiver:
     """The reading side of a Put stream, in a thread of its own."""
 
-    def __init__(self, cache: Cache, lending: Lending, parts: Iterator[Part]) -> None:
-        self._cache, self._lending, self._parts = cache, lending, parts
+    def __init__(self, cache: Cache, lending: Lending, parts: Iterator[Part], client: Hashable = None) -> None:
+        self._cache, self._lending, self._parts, self._client = cache, lending, parts, client
 
     def run(self, emit: Callable[[Any], None]) -> None:
         """Emits (header, future or error) for each block; an error of the stream; None at the end, always."""
@@ -135,7 +135,7 @@ class PutReceiver:
             wish = Wish(border.store_as(header), header.store_as_bundle, border.am_ratio(header))
             entry.fidelity.CopyFrom(self._cache.choose(spec, entry, wish).to_proto())
             n_bytes = entry.source_bytes + border.queries_bytes(header)
-            self._cache.pool.puts.take(n_bytes)
+            self._cache.pool.puts.take(n_bytes, client=self._client)
             payload = self._copied(header, n_bytes)
         except KvcachedError as error:
             self._cache.count_refused(error)
@@ -148,13 +148,13 @@ class PutReceiver:
             queries = arrays.pop(border.QUERIES, None)
             block = KVBlock.dense(arrays, header.n_tokens, header.first_position)
         except ValueError as error:
-            self._cache.pool.puts.give_back(n_bytes)
+            self._cache.pool.puts.give_back(n_bytes, self._client)
             raise InvalidRequestError(str(error)) from None
         except BaseException:
-            self._cache.pool.puts.give_back(n_bytes)
+            self._cache.pool.puts.give_back(n_bytes, self._client)
             raise
         self._cache.metrics.moved_blocks.labels("Put", _road(header.HasField("slot"))).inc()
-        return self._cache.put(block_id, entry, block, queries)
+        return self._cache.put(block_id, entry, block, queries, self._client)
 
     def _copied(self, header: pb.Header, n_bytes: int) -> np.ndarray | None:
         """The data of a block that lies in a slot; None if it is in the stream. What is refused gives its room back."""
@@ -163,7 +163,7 @@ class PutReceiver:
         try:
             return self._lending.copied(header.lease, header.slot, header.data_bytes)
         except BaseException:
-            self._cache.pool.puts.give_back(n_bytes)
+            self._cache.pool.puts.give_back(n_bytes, self._client)
             raise
 
     def _skip(self, n_bytes: int) -> None:

@@ -39,10 +39,11 @@ def computed(model: Any, tokens: list[int]) -> list[Any]:
 
 def offload(store: PromptStore, tokens: list[int], cache: list[Any]) -> int:
     """How many blocks the daemon was sent and took. Raises RuntimeError if there was one that it did not take."""
-    n_taken = store.offload(tokens, cache)
+    before = store.counts.sent
+    store.offload(tokens, cache)
     if not store.flush(timeout=60) or store.counts.refused:
         raise RuntimeError(f"not stored: {store.counts}")
-    return n_taken
+    return store.counts.sent - before
 
 
 def held(store: PromptStore, tokens: Sequence[int] = TOKENS) -> list[pb.HeldBlock]:

@@ -15,7 +15,7 @@ from kvcached import pool as pool_module
 from kvcached.block import Fidelity, FidelityKind, ModelSpec
 from kvcached.codec.bundle import PROFILES, Bundle
 from kvcached.errors import OverloadedError, ShuttingDownError, UnsupportedFrameError
-from kvcached.pool import ByteBudget, Lane, Pipeline, WorkerPool, warm_kernels
+from kvcached.pool import ByteBudget, Lane, Pipeline, Turns, WorkerPool, warm_kernels
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def held_job(pool: WorkerPool, lane: Lane) -> threading.Event:
     return gate
 
 
-def test_gets_go_before_puts_and_each_in_the_order_of_arrival(pool: WorkerPool) -> None:
+def test_gets_go_before_puts_and_those_of_one_client_in_the_order_of_arrival(pool: WorkerPool) -> None:
     busy, reserve, order = held_job(pool, Lane.PUT), held_job(pool, Lane.GET), []
     jobs = [(Lane.PUT, "put 1"), (Lane.GET, "get 1"), (Lane.PUT, "put 2"), (Lane.GET, "get 2")]
     futures = [pool.submit(lane, order.append, name) for lane, name in jobs]
@@ -198,6 +198,31 @@ def test_however_many_puts_are_under_way_gets_are_served(pool: WorkerPool) -> No
     waiting.result(30)
     assert order == ["get 1", "get 2", "put"]
     pool.close()
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_a_client_with_a_thousand_jobs_delays_another_by_one(pool: WorkerPool, lane: Lane) -> None:
+    busy, reserve, order = held_job(pool, Lane.PUT), held_job(pool, Lane.GET), []
+    crowd = [pool.submit(lane, order.append, "crowd", client="crowd") for _ in range(1000)]
+    others = [pool.submit(lane, order.append, name, client=name) for name in ("a", "b")]
+    busy.set()
+    for future in (*crowd, *others):
+        future.result(30)
+    assert order == ["crowd", "a", "b", *["crowd"] * 999]
+    reserve.set()
+    pool.close()
+
+
+def test_clients_take_turns_each_in_its_own_order() -> None:
+    turns = Turns[str]()
+    for name in ("a1", "a2", "a3", "b1", "c1", "c2"):
+        turns.add(name[0], name)
+    assert [turns.take() for _ in range(3)] == ["a1", "b1", "c1"]
+    turns.add("b", "b2")  # behind those who wait already
+    assert len(turns) == 4
+    assert [turns.take() for _ in range(4)] == ["a2", "c2", "b2", "a3"]
+    with pytest.raises(KeyError):
+        turns.take()
 
 
 def test_a_job_that_fails_answers_with_its_error_and_the_worker_lives(pool: WorkerPool) -> None:
@@ -245,6 +270,28 @@ def test_one_block_larger_than_the_budget_is_let_in_alone() -> None:
     budget.take(500)
     with pytest.raises(OverloadedError):
         budget.take(1)
+
+
+def test_however_much_one_client_sends_another_gets_in() -> None:
+    budget = ByteBudget(80)
+    for _ in range(7):
+        budget.take(10, client="large")
+    with pytest.raises(OverloadedError, match="70 of 80 bytes are under way, no room for 1"):
+        budget.take(1, client="large")
+    budget.take(5, client="small")
+    with pytest.raises(OverloadedError):
+        budget.take(1, client="small")  # it has some now
+    budget.give_back(5, "small")
+    budget.take(10, client="small")
+    assert budget.used_bytes == 80
+
+
+def test_a_budget_forgets_clients_that_have_nothing_under_way() -> None:
+    budget = ByteBudget(100)
+    for client in range(50):
+        budget.take(1, client=client)
+        budget.give_back(1, client)
+    assert not budget._of
 
 
 def test_waiting_for_room_ends_when_some_is_given_back() -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache
 from mlx_models import CONFIGS, build, prefill, save
+from support import same_tensors
 
 from kvcached.codec import rope
 from kvcached_client import ROOT, Block, LayerKind, ModelSpec, chain_hashes
 from kvcached_mlx import UnsupportedCacheError, fresh_cache, model_spec
-from kvcached_mlx.blocks import from_blocks, to_blocks
+from kvcached_mlx.blocks import from_blocks, take, to_blocks
 from kvcached_mlx.tree import to_mlx, to_numpy
 
 BLOCK = 16
@@ -161,14 +162,24 @@ def test_a_cache_that_is_longer_than_its_tokens_is_cut_into_full_blocks_only(tmp
     assert np.array_equal(blocks[1].tensors["keys"][3], expected)
 
 
-def test_only_wanted_blocks_are_copied(tmp_path: Path) -> None:
+def test_blocks_are_copied_one_by_one_from_a_cache_as_it_was(tmp_path: Path) -> None:
     model, config = build("llama")
     spec = spec_of(model, config, tmp_path)
     cache = fresh_cache(model)
     prefill(model, cache, TOKENS)
     hashes = chain_hashes(TOKENS, BLOCK)
-    blocks = to_blocks(spec, TOKENS, hashes, cache, wanted=lambda block: block in hashes[3:])
-    assert [block.index for block in blocks] == [3, 4]
+    before = to_blocks(spec, TOKENS, hashes, cache)
+    taken = take(spec, TOKENS, hashes, cache)
+    assert not any(array.flags.owndata or array.flags.writeable for array in taken.rows.values())
+    for entry in cache:
+        entry.keys[...] = 0
+        entry.values = mx.zeros_like(entry.values)
+    prefill(model, cache, TOKENS)
+    for index in (3, 4):
+        block = taken.block(index)
+        assert block.index == index
+        assert same_tensors(block.tensors, before[index].tensors)
+        assert all(array.flags.owndata for array in block.tensors.values())
 
 
 class HomeMadeCache(KVCache):

@@ -57,10 +57,12 @@ def computed(model: Any, tokens: list[int]) -> list[Any]:
 
 
 def offload(store: PromptStore, tokens: list[int], cache: list[Any]) -> int:
-    n_taken = store.offload(tokens, cache)
+    """How many blocks the daemon was sent."""
+    before = store.counts.sent
+    store.offload(tokens, cache)
     assert store.flush(timeout=30)
     assert store.counts.refused == 0
-    return n_taken
+    return store.counts.sent - before
 
 
 def held(store: PromptStore, floor: FidelityKind) -> int:

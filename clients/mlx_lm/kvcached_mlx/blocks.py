@@ -9,7 +9,8 @@ what was computed behind them is ever read again.
 What does not fit the ModelSpec is refused with a reason, never stored in another shape.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -26,18 +27,70 @@ _TOKEN_AXIS = 2
 _PACKED = ("keys", "values", "lengths", "positions", "bias")  # not opaque; the last three in compacted blocks only
 
 
-def to_blocks(
+@dataclass(frozen=True, slots=True, eq=False)
+class Taken:
+    """The full blocks of a prompt cache, as it was then: views of its buffers, which any thread may read.
+
+    hashes, lineages: of the full blocks. first: the token that rows begin at, what is before it was compacted.
+    rows: [heads, tokens, dim] of each layer from there to the end of the last full block. state: after all tokens.
+    """
+
+    spec: ModelSpec
+    token_ids: Sequence[int]
+    hashes: Sequence[bytes]
+    lineages: Sequence[FidelityKind]
+    first: int
+    rows: Mapping[str, np.ndarray]
+    state: Mapping[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.rows.values(), *self.state.values()))
+
+    @property
+    def block_bytes(self) -> int:
+        """Of the largest block."""
+        n_blocks = max(len(self.indices), 1)
+        of_state = sum(array.nbytes for array in self.state.values())
+        return max((self.nbytes - of_state) // n_blocks + of_state, 1)
+
+    @property
+    def indices(self) -> range:
+        """Of the blocks that lie behind what was compacted."""
+        return range(-(-self.first // self.spec.block_size), len(self.hashes))
+
+    def has_state(self, index: int) -> bool:
+        """Whether a block is the one with the state; what is held of it may lack that."""
+        return bool(self.state) and index == len(self.hashes) - 1
+
+    def block(self, index: int) -> Block:
+        """One of them, copied."""
+        start, stop = (at * self.spec.block_size for at in (index, index + 1))
+        rows = {name: array[:, start - self.first : stop - self.first] for name, array in self.rows.items()}
+        has_state = self.has_state(index)
+        state = {name: np.array(array) for name, array in self.state.items()} if has_state else {}
+        return Block(
+            block_hash=self.hashes[index],
+            parent_hash=self.hashes[index - 1] if index else ROOT,
+            index=index,
+            token_ids=self.token_ids[start:stop],
+            tensors=_join_dense(self.spec, rows) | state,
+            first_position=start,
+            boundary=has_state,
+            lineage=self.lineages[index],
+        )
+
+
+def take(
     spec: ModelSpec,
     token_ids: Sequence[int],
     hashes: Sequence[bytes],
     cache: Sequence[Any],
-    wanted: Callable[[bytes], bool] = lambda _hash: True,
     lineages: Sequence[FidelityKind] = (),
-) -> list[Block]:
-    """The full blocks of a prompt cache that holds exactly `token_ids`; copies, on the thread that calls.
+) -> Taken:
+    """The full blocks of a prompt cache that holds exactly `token_ids`, without a copy. For the thread that generates.
 
-    hashes: of the full blocks. wanted: which of them to take. The rest after the last full block is left out, and so
-    are blocks that were compacted before this cache was made of them.
+    hashes: of the full blocks. The rest after the last full block is left out.
     lineages: of the full blocks; empty: all EXACT.
 
     Raises:
@@ -53,29 +106,23 @@ def to_blocks(
         raise UnsupportedCacheError(
             f"state after {len(token_ids)} tokens is not at the end of a block of {spec.block_size}"
         )
-    mx.eval(list(tokens.values()), list(state.values()))
-    tokens_np = {name: tree.to_numpy(array)[0] for name, array in tokens.items()}
-    state_np = {name: tree.to_numpy(array) for name, array in state.items()}
-    blocks = []
-    for index, block_hash in enumerate(hashes):
-        is_last = bool(state) and index == len(hashes) - 1
-        start, stop = index * spec.block_size, (index + 1) * spec.block_size
-        if start >= first and (is_last or wanted(block_hash)):  # what is held of the last block may lack the state
-            rows = {name: array[:, start - first : stop - first] for name, array in tokens_np.items()}
-            tensors = _join_dense(spec, rows)
-            blocks.append(
-                Block(
-                    block_hash=block_hash,
-                    parent_hash=hashes[index - 1] if index else ROOT,
-                    index=index,
-                    token_ids=token_ids[start:stop],
-                    tensors=tensors | (state_np if is_last else {}),
-                    first_position=start,
-                    boundary=is_last,
-                    lineage=lineages[index] if lineages else FidelityKind.EXACT,
-                )
-            )
-    return blocks
+    n_tokens = len(hashes) * spec.block_size
+    full = {name: array[:, :, : max(n_tokens - first, 0)] for name, array in tokens.items()}
+    rows = {name: array[0] for name, array in tree.views(full).items()}
+    of_blocks = list(lineages) or [FidelityKind.EXACT] * len(hashes)
+    return Taken(spec, list(token_ids[:n_tokens]), list(hashes), of_blocks, first, rows, tree.views(state))
+
+
+def to_blocks(
+    spec: ModelSpec,
+    token_ids: Sequence[int],
+    hashes: Sequence[bytes],
+    cache: Sequence[Any],
+    lineages: Sequence[FidelityKind] = (),
+) -> list[Block]:
+    """The same as blocks, copies: without those that were compacted before this cache was made of them."""
+    taken = take(spec, token_ids, hashes, cache, lineages)
+    return [taken.block(index) for index in taken.indices]
 
 
 def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: list[Any]) -> None:
@@ -175,11 +222,11 @@ def _check_dense(spec: ModelSpec, index: int, tokens: Mapping[str, Any]) -> None
 
 
 def _join_dense(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[heads, tokens, dim] of each dense layer -> "keys" and "values" of all; the others as they are."""
+    """[heads, tokens, dim] of each dense layer -> "keys" and "values" of all; the others as they are. Copies."""
     dense = [i for i, layer in enumerate(spec.layers) if not layer.opaque]
     joined = {name: np.stack([tensors[f"layers.{i}.{name}"] for i in dense]) for name in ("keys", "values") if dense}
     taken = {f"layers.{i}.{name}" for i in dense for name in joined}
-    return joined | {name: np.ascontiguousarray(array) for name, array in tensors.items() if name not in taken}
+    return joined | {name: np.array(array, order="C") for name, array in tensors.items() if name not in taken}
 
 
 def _split_dense(spec: ModelSpec, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

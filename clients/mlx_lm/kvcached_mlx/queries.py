@@ -6,7 +6,7 @@ doubles when there are too many of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -31,33 +31,52 @@ def note(entry: Any, queries: Any) -> None:
         getattr(entry, _ATTRIBUTE).add(queries, entry.offset - queries.shape[2])
 
 
-def with_queries(spec: ModelSpec, cache: Sequence[Any], blocks: Sequence[Block]) -> list[Block]:
-    """Blocks of a cache with those of its queries that came after each of them, as tensor "queries".
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """Queries of a cache: rows [n_dense_layers, n_query_heads, n, key_dim] in its dtype, at ascending positions."""
 
-    [n_dense_layers, n_query_heads, n, key_dim] in the dtype of the cache; at most 64 of a head, spread evenly. A block
-    that too few came after is left as it is, and so are all where the layers did not sample alike.
-    """
+    spec: ModelSpec
+    rows: np.ndarray
+    positions: np.ndarray
+    n_tokens: int  # of the cache
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def beside(self, block: Block) -> Block:
+        """A block with those queries that came after it, as tensor "queries": at most 64 of a head, spread evenly.
+
+        A block that too few came after is left as it is.
+        """
+        behind = block.first_position + self.spec.block_size
+        after = np.flatnonzero((self.positions >= behind) & (self.positions < self.n_tokens))
+        if len(after) < _LEAST:
+            return block
+        chosen = after[np.linspace(0, len(after) - 1, min(len(after), _MOST)).astype(int)]
+        return replace(block, tensors={**block.tensors, "queries": np.ascontiguousarray(self.rows[:, :, chosen])})
+
+
+def sampled(spec: ModelSpec, cache: Sequence[Any]) -> Sampled | None:
+    """The queries that were sampled while a cache was made; None if none were, or not alike in all layers."""
     entries = [entry for entry, layer in zip(cache, spec.layers, strict=True) if not layer.opaque]
     samples = [getattr(entry, _ATTRIBUTE, None) for entry in entries]
     positions = {tuple(sample.positions) if sample else () for sample in samples}
     if len(positions) != 1 or not (of_all := np.array(positions.pop())).size:
-        return list(blocks)
+        return None
     dtype = getattr(mx, spec.kv_dtype)
     rows = mx.concatenate([sample.rows for sample in samples if sample]).astype(dtype)
     shape = (len(spec.dense_layers), spec.dense_layers[0].n_query_heads, len(of_all), spec.dense_layers[0].key_dim)
     if rows.shape != shape:
-        return list(blocks)
+        return None
     mx.eval(rows)
-    found = tree.to_numpy(rows)
-    return [_with(block, found, of_all, spec.block_size, entries[0].offset) for block in blocks]
+    return Sampled(spec, tree.to_numpy(rows), of_all, entries[0].offset)
 
 
-def _with(block: Block, rows: np.ndarray, positions: np.ndarray, block_size: int, n_tokens: int) -> Block:
-    after = np.flatnonzero((positions >= block.first_position + block_size) & (positions < n_tokens))
-    if len(after) < _LEAST:
-        return block
-    chosen = after[np.linspace(0, len(after) - 1, min(len(after), _MOST)).astype(int)]
-    return replace(block, tensors={**block.tensors, "queries": np.ascontiguousarray(rows[:, :, chosen])})
+def with_queries(spec: ModelSpec, cache: Sequence[Any], blocks: Sequence[Block]) -> list[Block]:
+    """Blocks of a cache, each with the queries that came after it."""
+    found = sampled(spec, cache)
+    return [found.beside(block) for block in blocks] if found else list(blocks)
 
 
 class _Sample:

@@ -221,7 +221,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=_positive,
         default=1 << 30,
         metavar="N",
-        help="memory for what waits to be sent; more is dropped (default: 1 GiB)",
+        help="memory for what waits to be sent; when it is full, the oldest is dropped (default: 1 GiB)",
     )
     _add_fidelity_flags(group)
     if "-h" in arguments or "--help" in arguments:

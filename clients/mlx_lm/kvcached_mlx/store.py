@@ -1,14 +1,12 @@
 """PromptStore: offload prompt caches of one loaded model to a daemon, and restore them. Fails open, never waits.
 
-`offload` and `restore` belong to the thread that generates, for mlx arrays may be touched nowhere else; blocks are
-copied there and sent from a background thread, through a queue bounded in bytes. What does not fit is dropped, counted
-and logged.
+`offload` and `restore` belong to the thread that generates, for mlx arrays may be touched nowhere else. Offloading asks
+nobody and copies nothing: it takes views, which the background thread of sending.py reads, copies and sends. The engine
+may go on, write or forget its cache: mlx writes elsewhere what somebody else still holds.
 """
 
 import logging
 import os
-import queue
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +15,7 @@ from typing import Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache
 
-from kvcached_client import Block, Client, FidelityKind, ModelSpec
+from kvcached_client import Block, Client, ModelSpec
 from kvcached_client._proto import kvcached_pb2 as pb
 
 from . import attention, blocks, queries
@@ -26,23 +24,10 @@ from .compacted import CompactedKVCache, cut
 from .fingerprint import fresh_cache
 from .lineage import Lineage
 from .policy import Policy, held_of
+from .sending import Counts, Offer, Sender
 from .tree import UnsupportedCacheError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Counts:
-    """Blocks offloaded and tokens of prompts asked for, since the start."""
-
-    sent: int = 0
-    held: int = 0  # of those sent, already with the daemon
-    refused: int = 0
-    dropped: int = 0
-    prompt_tokens: int = 0
-    local_tokens: int = 0  # of those, at hand without the daemon
-    restored_tokens: int = 0  # and restored; the rest was left to compute
-    restored_bytes: int = 0  # that those took in memory, in their caches, before anything was computed behind them
 
 
 class PromptStore:
@@ -74,14 +59,7 @@ class PromptStore:
         empty = self._make_cache()
         self._classes = [type(entry) for entry in empty]
         self._can_cut = can_trim_prompt_cache(empty) and not self.spec.needs_boundary
-        self._limit_bytes = queue_bytes
-        self._state = threading.Condition()  # guards what follows, and the counts
-        self._waiting_bytes = 0
-        self._closed = False
-        self._on_their_way: set[bytes] = set()  # blocks that wait to be sent, or were and are not answered
-        self._queue: queue.SimpleQueue[list[Block] | None] = queue.SimpleQueue()  # an empty list: only announce
-        self._thread = threading.Thread(target=self._send_all, name="kvcached-sender", daemon=True)
-        self._thread.start()
+        self._sender = Sender(client, self.policy, self.counts, queue_bytes, self.announce)
 
     # ---- in
 
@@ -93,7 +71,7 @@ class PromptStore:
         or computing the rest is faster than fetching it all.
         """
         cache, n_tokens, n_bytes = self._make_cache(), 0, 0
-        if self._closed:
+        if self._sender.closed:
             return cache, n_tokens
         fetched = self._fetch(token_ids, n_local)
         try:
@@ -110,12 +88,12 @@ class PromptStore:
         except UnsupportedCacheError as error:
             log.warning("restored blocks do not fit, taken as a miss: %s", error)
             cache, n_tokens, n_bytes = self._make_cache(), 0, 0
-        with self._state:
+        with self._sender.changed:
             self.counts.prompt_tokens += len(token_ids)
             self.counts.local_tokens += 0 if n_tokens else n_local
             self.counts.restored_tokens += n_tokens
             self.counts.restored_bytes += n_bytes
-        self._queue.put([])
+        self._sender.wake()
         return cache, n_tokens
 
     def _fetch(self, token_ids: Sequence[int], n_local: int) -> "_Fetched | None":
@@ -150,36 +128,20 @@ class PromptStore:
     def offload(self, token_ids: Sequence[int], cache: Sequence[Any]) -> int:
         """Takes the full blocks of a prompt cache that holds exactly `token_ids`; how many were queued.
 
-        Blocks that the daemon has, that it gave us at a loss, or that are on their way are not taken.
+        Blocks that the daemon gave us at a loss are not taken, and those that it has are not sent.
         """
         if not self._is_ours(cache):
             log.warning("prompt cache of %d tokens not offloaded: not of the classes of this model", len(token_ids))
             return 0
         hashes = self.client.chain(token_ids)
-        lineages = self._lineage.of(token_ids, hashes)
-        held = self._held(hashes, lineages)
         try:
-            taken = blocks.to_blocks(
-                self.spec, token_ids, hashes, cache, wanted=lambda block: block not in held, lineages=lineages
-            )
+            taken = blocks.take(self.spec, token_ids, hashes, cache, self._lineage.of(token_ids, hashes))
         except UnsupportedCacheError as error:
             log.warning("prompt cache of %d tokens not offloaded: %s", len(token_ids), error)
             return 0
-        taken = [block for block in taken if not self._lineage.was_given(block.block_hash)]
-        if not taken:
-            return 0
-        if self.policy.compacts:
-            taken = queries.with_queries(self.spec, cache, taken)
-        n_bytes = _n_bytes(taken)
-        with self._state:
-            if reason := self._no_room(n_bytes):
-                self.counts.dropped += len(taken)
-                log.warning("%d blocks dropped: %s", len(taken), reason)
-                return 0
-            self._waiting_bytes += n_bytes
-            self._on_their_way.update(block.block_hash for block in taken)
-            self._queue.put(taken)
-        return len(taken)
+        indices = [i for i in taken.indices if not self._lineage.was_given(hashes[i])]
+        sampled = queries.sampled(self.spec, cache) if self.policy.compacts else None
+        return len(indices) if indices and self._sender.offer(Offer(taken, indices, sampled)) else 0
 
     def _is_ours(self, cache: Sequence[Any]) -> bool:
         """Whether a prompt cache is of the classes of this model, dense layers perhaps restored compacted."""
@@ -191,72 +153,17 @@ class PromptStore:
             ours or type(entry) is expected for ours, (entry, expected) in zip(compacted, pairs, strict=True)
         )
 
-    def _held(self, hashes: Sequence[bytes], lineages: Sequence[FidelityKind]) -> set[bytes]:
-        """The blocks that need not be put."""
-        lowest = FidelityKind.COMPACTED
-        match = self.client.match(hashes, floor=lowest, accepts_compacted=True, before_put=True)
-        with self._state:
-            return self.policy.held(match, lineages) | self._on_their_way
-
-    def _no_room(self, n_bytes: int) -> str:
-        """Why nothing of this size can be queued; empty if it can."""
-        if self._closed:
-            return "the store is closed"
-        too_much = self._waiting_bytes and self._waiting_bytes + n_bytes > self._limit_bytes
-        return f"{self._waiting_bytes} bytes wait to be sent already" if too_much else ""
-
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until everything offloaded was answered; whether that came in time."""
-        with self._state:
-            return self._state.wait_for(lambda: not self._waiting_bytes, timeout)
+        return self._sender.flush(timeout)
 
     def close(self, timeout: float | None = 30.0) -> None:
         """Sends what waits, and stops: from now on everything is dropped, and a miss."""
-        with self._state:
-            self._closed = True
-        if not self.flush(timeout):
-            with self._state:
-                self.counts.dropped += len(self._on_their_way)
-                log.warning("%d blocks dropped: nobody answered in time", len(self._on_their_way))
-            return  # the thread is a daemon's: it ends with the process
-        self._queue.put(None)
-        self._thread.join(timeout)
-
-    def _send_all(self) -> None:
-        while (taken := self._queue.get()) is not None:
-            try:
-                if taken:
-                    self._send(taken)
-                if self._queue.empty():
-                    self.announce()
-            except Exception:
-                log.exception("sending failed")  # the thread must live: inference knows nothing of it
-            finally:
-                with self._state:
-                    self._on_their_way.difference_update(block.block_hash for block in taken)
-                    self._waiting_bytes -= _n_bytes(taken)
-                    self._state.notify_all()
-
-    def _send(self, taken: list[Block]) -> None:
-        request_id = uuid.uuid4().hex[:16]
-        wish: dict[str, Any] = {"store_as": self.policy.store_as, "min_fidelity": self.policy.least_stored}
-        if self.policy.compacts and self.policy.am_ratio:
-            wish["am_ratio"] = self.policy.am_ratio
-        results = self.client.put(taken, **wish, request_id=request_id)
-        answered = [result for result in results if result.code == "OK"]
-        with self._state:
-            self.counts.sent += len(answered)
-            self.counts.held += sum(result.outcome == pb.OUTCOME_ALREADY_HELD for result in answered)
-            self.counts.refused += len(results) - len(answered)
-        log.info("offloaded %d of %d blocks, request %s", len(answered), len(results), request_id)
-        for result in results:
-            if result.code != "OK":
-                log.warning("block %s refused: %s %s", result.block_hash.hex()[:16], result.code, result.message)
-                break  # its descendants share its fate
+        self._sender.close(timeout)
 
     def announce(self) -> None:
         """Tells the daemon who this is and how it goes, for `kvcachedctl status`."""
-        with self._state:
+        with self._sender.changed:
             counts = self.counts
             engine = pb.Engine(
                 name=self._name,
@@ -292,7 +199,3 @@ def _feasible(policy: Policy, model: Any, spec: ModelSpec, make_cache: Callable[
         return policy
     log.warning("nothing is compacted, and nothing compacted is restored: %s", reason)
     return policy.without_compaction()
-
-
-def _n_bytes(taken: Sequence[Block]) -> int:
-    return sum(array.nbytes for block in taken for array in block.tensors.values())

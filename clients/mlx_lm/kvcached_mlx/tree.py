@@ -65,6 +65,22 @@ def to_numpy(array: Any) -> np.ndarray:
     return np.array(array)
 
 
+def views(arrays: Arrays) -> dict[str, np.ndarray]:
+    """What some arrays hold now, as numpy's, read-only and without a copy; for any thread to read.
+
+    Each is of an array of its own, which nobody writes to: whoever writes to the ones given gets other memory.
+    """
+    own = {name: array.view(mx.uint16) if array.dtype == mx.bfloat16 else array[...] for name, array in arrays.items()}
+    mx.eval(list(own.values()))
+    found = {}
+    for name, array in own.items():
+        found[name] = np.asarray(array)
+        found[name].flags.writeable = False
+        if arrays[name].dtype == mx.bfloat16:
+            found[name] = found[name].view(ml_dtypes.bfloat16)
+    return found
+
+
 def to_mlx(array: np.ndarray) -> Any:
     """Inverse of `to_numpy`."""
     if array.dtype == ml_dtypes.bfloat16:

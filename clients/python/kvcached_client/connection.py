@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -43,6 +44,7 @@ class Connection:
         backoff = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
         self._channel = grpc.insecure_channel(self.target, options=[*protocol.CHANNEL_OPTIONS, *backoff])
         self._calls = {m.name: self._bind(m) for m in METHODS.values()}
+        self._names = ((protocol.CLIENT_KEY, uuid.uuid4().hex),)  # whoever has many calls under way is still one
         self._closed = False
 
     def _bind(self, method: protocol.Method) -> Any:
@@ -58,7 +60,7 @@ class Connection:
     def call(self, name: str, request: Any, timeout: float = 10.0) -> Any:
         """One request, one response. Raises DaemonError."""
         with self._raising_daemon_errors():
-            return self._calls[name](request, timeout=timeout)
+            return self._calls[name](request, timeout=timeout, metadata=self._names)
 
     def put(self, parts: Iterable[Part], timeout: float) -> Iterator[pb.PutResult]:
         """Results as they come. Raises DaemonError; results yielded before are good."""
@@ -84,7 +86,7 @@ class Connection:
         """
         ahead: queue.Queue[Any] = queue.Queue(_REQUESTS_AHEAD)
         with self._raising_daemon_errors():
-            call = self._calls[name].future(iter(ahead.get, None), timeout=timeout)
+            call = self._calls[name].future(iter(ahead.get, None), timeout=timeout, metadata=self._names)
             try:
                 for request in requests:
                     if not _hand_over(request, ahead, call):
@@ -99,7 +101,7 @@ class Connection:
 
     def _stream(self, name: str, asked: Any, timeout: float, first_timeout: float | None = None) -> Iterator[Any]:
         with self._raising_daemon_errors():
-            call = self._calls[name](asked, timeout=timeout)
+            call = self._calls[name](asked, timeout=timeout, metadata=self._names)
             try:
                 if first_timeout is not None and first_timeout < timeout:
                     yield _first(call, first_timeout)

@@ -16,6 +16,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["KvCache"].full_name
 CHUNK_BYTES = 1 << 20  # measured optimum 1-2 MiB; 64 KiB is 3x slower, 16 MiB 2.7x
 MAX_MESSAGE_BYTES = 4 << 20  # one message: a chunk, or a list of hashes (a million tokens in blocks of 16: 2 MiB)
 MAX_NAMESPACE_BYTES = 255
+CLIENT_KEY = "kvcached-client"  # metadata of each call: any text, the same for all calls of one client
 MAX_REQUEST_ID_CHARACTERS = 64
 MIN_AM_RATIO, MAX_AM_RATIO = 1.0, 8.0
 CHANNEL_OPTIONS = (
