@@ -13,7 +13,7 @@ OLD_MLX_LM_DIR := .venv/mlx-lm-0.31
 # Takes most of two minutes, and nothing in it depends on the version: run once.
 A_MINUTE := tests/mlx_lm/test_server.py::test_a_daemon_that_hangs_for_a_minute_costs_time_only
 
-.PHONY: setup check lint fix test bench bench-codec bench-quality demo proto lock clean
+.PHONY: setup check lint fix test bench bench-codec bench-quality bench-performance demo proto lock clean
 
 setup: .venv/ready
 
@@ -62,6 +62,11 @@ bench-codec: setup
 # What compaction loses, on the reference model: 15 minutes, or QUICK=1 in less than five.
 bench-quality: setup
 	$(BIN)/python bench/compaction_quality.py $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(BIN)/python bench/tables.py)
+
+# Speed, against baselines of the same run: some 20 minutes, or QUICK=1 in less than five.
+bench-performance: setup
+	$(BIN)/python bench/performance.py $(if $(QUICK),--quick)
 	$(if $(QUICK),,$(BIN)/python bench/tables.py)
 
 proto: setup

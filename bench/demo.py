@@ -30,11 +30,11 @@ ENGINE = Path(__file__).with_name("engine.py")
 console = Console(highlight=False)
 
 
-def start_daemon(directory: Path) -> tuple["subprocess.Popen[bytes]", str]:
+def start_daemon(directory: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", str]:
     """A daemon that answers, and its address."""
     socket = directory / "run/kvcached.sock"
     command = [sys.executable, "-m", "kvcached", "--store-path", str(directory / "store"), "--log-level", "warning"]
-    command += ["--http-port", "0"]
+    command += ["--http-port", "0", *flags]
     process = subprocess.Popen([*command, "--socket-path", str(socket)])
     atexit.register(process.kill)  # whatever goes wrong, nothing is left behind
     with Connection(f"unix:{socket}") as connection:

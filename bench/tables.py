@@ -8,7 +8,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs/quality.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs/quality.md", ROOT / "docs/performance.md")
+_PERFORMANCE = "performance.quick.json"  # until the whole bench is recorded
 _PROFILES = ("near-lossless", "x8", "x16", "x32")
 _OTHERS = {
     "paper": "the KVTC paper's pipeline, same layer groups",
@@ -234,6 +235,86 @@ def calibration_table(cost: dict[str, Any]) -> str:
     return _markdown([f"{cost['fit_tokens']:,} tokens", "7 layers, measured", f"{groups} such groups, reckoned"], rows)
 
 
+_WANTED = {
+    "shm_over_inband": "at least 4",
+    "shm_over_memcpy": "at least 0.5",
+    "restore_over_codec": "at least 0.6",
+    "two_workers_over_one": "at least 1.8",
+    "restore_over_prefill": "at least 100",
+    "exact_restore_over_load_prompt_cache": "at most 3",
+    "put_cost_share": "at most 0.05",
+    "decode_speed_with_offload": "at least 0.97",
+    "match_1e6_over_1e3": "at most 3",
+    "rss_growth": "at most 0.05",
+    "fairness": "at most 2",
+    "p99_get_seconds": "",
+}
+
+
+def performance_table(found: dict[str, Any]) -> str:
+    """The ratios that were promised, met or not."""
+    rows = [[f"`{key}`", _number(found[key]), wanted, _met(found[key], wanted)] for key, wanted in _WANTED.items()]
+    scaling = found["pool"]["two_over_one"]
+    rows += [
+        [f"two processes over one, {kind} blocks", _number(scaling[f"{kind}_processes"]), "", ""]
+        for kind in ("coded", "exact")
+    ]
+    return _markdown([f"{found['command']}, {found['date'][:10]}", "measured", "wanted", ""], rows)
+
+
+def _met(value: float | None, wanted: str) -> str:
+    if value is None or not wanted:
+        return "" if value is not None else "not measured"
+    bound = float(wanted.split()[-1])
+    return "met" if (value >= bound if "least" in wanted else value <= bound) else "**missed**"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def performance_restore_table(found: dict[str, Any]) -> str:
+    """Seconds, with quartiles."""
+    restore, shapes = found["restore"], found["shapes"]
+    rows = [["prefill", _ms(restore["prefill_seconds"]), _ms(restore["first_token_seconds"]["prefill"]), ""]]
+    for name, seconds in restore["restore_seconds"].items():
+        first = restore["first_token_seconds"].get(name)
+        over = restore["restore_over_prefill_by_kind"].get(name)
+        of_prefill = f"{over:.0f} times as fast as prefill" if over else ""
+        label = f"restore, {name}" if first else f"from a file: {name}"
+        rows.append([label, _ms(seconds), _ms(first) if first else "", of_prefill])
+    for name in ("7B", "8B", "70B"):
+        shape = shapes[name]
+        against = f"prefill reckoned {shape['prefill_seconds']:.1f} s: {shape['prefill_over_restore']:.1f} times that"
+        rows.append([f"restore, exact, {name}-shaped", _ms(shape["restore_seconds"]), "", against])
+    header = [f"{restore['tokens']:,} tokens", "median (quartiles)", "to the first token", ""]
+    return _markdown(header, rows)
+
+
+def performance_clients_table(found: dict[str, Any]) -> str:
+    """Latencies under mixed load."""
+    rows = []
+    for n, each in found["clients"]["clients"].items():
+        for call, p in each["seconds"].items():
+            rows.append([n, call, *(f"{1e3 * p[name]:.1f} ms" for name in ("p50", "p99", "p999")), str(p["n"])])
+    return _markdown(["clients", "call", "p50", "p99", "p99.9", "calls"], rows)
+
+
+def performance_match_table(found: dict[str, Any]) -> str:
+    """Match and start-up by entries."""
+    starts = found["match"]["start_seconds"]
+    rows = [
+        [f"{int(n):,}", _ms(each), f"{1e3 * each['p99']:.0f} ms", _ms(starts[n]) if n in starts else ""]
+        for n, each in found["match"]["match_seconds"].items()
+    ]
+    rows.insert(0, ["0", "", "", _ms(starts["0"])])
+    return _markdown(["blocks held", "Match of 1,000, median (quartiles)", "p99", "from start to first answer"], rows)
+
+
+def _ms(each: dict[str, float]) -> str:
+    return f"{1e3 * each['median']:.1f} ms ({1e3 * each['q1']:.1f} to {1e3 * each['q3']:.1f})"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("demo.json", demo_table),
     "bench": ("first_light.json", bench_table),
@@ -247,6 +328,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "decode": ("compacted_decode.json", decode_table),
     "speed": ("codec.json", speed_table),
     "calibration": ("calibration.json", calibration_table),
+    "performance": (_PERFORMANCE, performance_table),
+    "performance_restore": (_PERFORMANCE, performance_restore_table),
+    "performance_clients": (_PERFORMANCE, performance_clients_table),
+    "performance_match": (_PERFORMANCE, performance_match_table),
 }
 
 
