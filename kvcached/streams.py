@@ -33,7 +33,8 @@ from kvcached_client.protocol import CHUNK_BYTES, Part
 log = structlog.get_logger()
 T = TypeVar("T")
 _MAX_WAITING_RESULTS = 64  # of one Put
-_SLOT_SECONDS = 0.1  # to wait for a slot, until a caller has shown that it returns none in time
+_SLOT_SECONDS, _SLOT_SECONDS_PER_BYTE = 0.002, 2e-9  # to wait for a slot: about what the stream would take
+_MAX_VAIN_WAITS = 5
 
 
 class Listener(Iterator[T]):
@@ -204,7 +205,7 @@ class Road:
 
     def __init__(self, lease: Lease | None, metrics: Metrics) -> None:
         self._lease, self._metrics = lease, metrics
-        self._patience = _SLOT_SECONDS
+        self._n_vain = 0
 
     def fetch(self, start: Callable[[Callable[[pb.Entry], Allocate]], Fetch], *, may_wait: bool) -> "Outgoing":
         """A block on its way; start: fetches into memory that it asks for.
@@ -228,11 +229,13 @@ class Road:
     def _slot(self, n_bytes: int, may_wait: bool) -> Slot | None:
         if self._lease is None or not 0 < n_bytes <= self._lease.get_bytes:
             return None
-        slot = self._lease.take(n_bytes, self._patience if may_wait else 0.0)
-        if slot is None and self._patience and not may_wait:
+        patience = 0.0
+        if self._n_vain < _MAX_VAIN_WAITS:  # or the caller keeps what it gets: each wait in vain halves the next
+            patience = (_SLOT_SECONDS + _SLOT_SECONDS_PER_BYTE * n_bytes) / (1 << self._n_vain)
+        slot = self._lease.take(n_bytes, patience if may_wait else 0.0)
+        if slot is None and patience and not may_wait:
             raise OverloadedError("all slots are in use: send what is ready")
-        if slot is None:
-            self._patience = 0.0  # it keeps what it gets
+        self._n_vain += slot is None
         return slot
 
 
