@@ -75,7 +75,8 @@ class Fetch:
     def abandon(self) -> None:
         """For one that is not going to be sent: nor is it decoded, unless that has begun."""
         self.found.cancel()
-        self.found.add_done_callback(lambda _: self.release())  # its memory is written to until then
+        release = self.release  # a callback that knew of its own future would keep its block alive
+        self.found.add_done_callback(lambda _: release())  # its memory is written to until then
 
 
 class Cache:

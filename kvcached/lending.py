@@ -209,10 +209,13 @@ class Lending:
                 is_one_too_many = len(self._connections) >= MAX_CONNECTIONS
                 if not is_one_too_many:
                     self._connections.add(connection)
-            if is_one_too_many:
-                connection.close()
-                continue
-            threading.Thread(target=self._serve, args=(connection,), name="lease", daemon=True).start()
+            try:
+                if is_one_too_many:
+                    raise RuntimeError("too many connections")
+                threading.Thread(target=self._serve, args=(connection,), name="lease", daemon=True).start()
+            except RuntimeError as error:  # or the system has no thread left
+                log.warning("nothing lent", reason=str(error))
+                self._hang_up(connection)
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection, from beginning to end."""
@@ -225,9 +228,12 @@ class Lending:
         except Exception:
             log.exception("lending failed")
         finally:
-            with self._lock:
-                self._connections.discard(connection)
-            connection.close()
+            self._hang_up(connection)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        connection.close()
 
     def _lend(self, connection: socket.socket) -> None:
         connection.settimeout(_HELLO_SECONDS)

@@ -34,8 +34,9 @@ from support import (
     wait_until,
 )
 
-from kvcached_client import Block, Client, Connection, FidelityKind, Limits, ModelSpec
+from kvcached_client import Block, Client, Connection, FidelityKind, Limits, ModelSpec, segments
 from kvcached_client._proto import kvcached_pb2 as pb
+from kvcached_client.segments import attach
 from kvcached_client.tensors import DTYPES
 
 _serial = itertools.count()
@@ -300,6 +301,25 @@ def slot_put(daemon: DaemonProcess, client: Client, slot: int, lease: bytes, *mo
     header.slot, header.lease = slot, lease
     (result,) = put_parts(daemon.target, [header, *more])
     return result
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_who_reaches_the_socket_is_lent_nothing(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, name = daemon.socket.parent, Path(daemon.socket.name + ".memory")
+    monkeypatch.chdir(directory)
+    directory.chmod(0o755)  # as the daemon never leaves it
+    name.chmod(0o777)
+    attach(name, 1 << 20).end()
+    monkeypatch.setattr(segments, "peer_uid", lambda _: os.geteuid())  # a client that asks whomever it finds
+    os.seteuid(65534)
+    try:
+        with pytest.raises((OSError, ValueError), match=r"got 0|Broken pipe|reset"):
+            attach(name, 1 << 20)
+    finally:
+        os.seteuid(0)
+    assert wait_until(lambda: "not to 65534" in daemon.log.read_text())
 
 
 @pytest.mark.parametrize("slot", [0, 1, (1 << 19) - 1, (1 << 20) - 1, 1 << 20, 1 << 40, (1 << 64) - 1])

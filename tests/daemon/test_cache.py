@@ -1,7 +1,9 @@
 """The cache with a store that answers at moments a real disk only sometimes chooses."""
 
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -15,7 +17,7 @@ from support import chain, tiny_spec, wait_until
 
 from kvcached import codec
 from kvcached.block import BlockId, Fidelity, KVBlock
-from kvcached.cache import Cache
+from kvcached.cache import Cache, Fetch
 from kvcached.config import Config
 from kvcached.encoding import Wish
 from kvcached.errors import PreconditionError, QuotaExceededError, UnsupportedFrameError
@@ -199,3 +201,25 @@ def test_rotary_positions_that_cannot_be_removed_mean_exact_storage(cache: Cache
     assert stored.fidelity.kind == pb.FIDELITY_KIND_EXACT
     assert cache.metrics.snapshot()['exact_fallback_blocks_total{reason="rope"}'] == 1
     cache.pool.close()
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_fetch_that_was_abandoned_gives_its_room_back_once_and_keeps_no_block_alive(is_done: bool) -> None:
+    released: list[bool] = []
+    found: Future[Any] = Future()
+    found.set_running_or_notify_cancel()
+    fetch = Fetch(BlockId(bytes(32), "", bytes(32)), found, lambda: released.append(True))
+    gc.disable()  # what only the collector finds stays for as long as it likes
+    try:
+        if is_done:
+            found.set_result(None)
+        fetch.abandon()
+        if not is_done:
+            assert released == []
+            found.set_result(None)
+        assert released == [True]
+        left = weakref.ref(found)
+        del fetch, found
+        assert left() is None
+    finally:
+        gc.enable()

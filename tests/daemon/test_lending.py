@@ -381,6 +381,22 @@ def test_a_client_that_was_lent_nothing_does_not_ask_again_at_once_and_says_so_o
     leases.close()
 
 
+def test_where_no_thread_can_be_started_blocks_go_in_band(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with lending(run_dir) as (lender, path):
+        leases = Leases(f"unix:{str(path).removesuffix('m')}", MIB)
+        leases._path = path
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_thread)
+            assert leases.wait(10) is None
+        leases._next_try = 0
+        assert leases.wait(10) is not None
+        leases.close()
+        assert wait_until(lambda: lender.n_leases == 0)
+
+
 @pytest.mark.parametrize("target", ["127.0.0.1:1234", "dns:///host:1", f"unix:/{'x' * 100}"])
 def test_who_is_not_on_this_machine_asks_nobody(target: str) -> None:
     leases = Leases(target, MIB)

@@ -19,9 +19,10 @@ from ._proto import kvcached_pb2 as pb
 from .breaker import CircuitBreaker
 from .connection import Connection, DaemonError
 from .hashing import chain_hashes
-from .protocol import CHUNK_BYTES, MAX_REQUEST_ID_CHARACTERS, Part, check_am_ratio, describe_part, read_payload
+from .protocol import MAX_REQUEST_ID_CHARACTERS, Part, check_am_ratio, describe_part, read_payload
 from .segments import Lease, Leases, rounded
 from .spec import Fidelity, FidelityKind, ModelSpec, kind_from_proto, kind_to_proto
+from .uploads import Upload
 
 log = logging.getLogger(__name__)
 
@@ -295,19 +296,19 @@ class Client:
         ratio = 0.0 if am_ratio is None else check_am_ratio(am_ratio)
         request_id = _printable(request_id) or uuid.uuid4().hex[:16]
         fields = {**wish, "am_ratio": ratio, "request_id": request_id}
-        upload = _Upload(self, blocks, self._leases.current(), **fields)
+        upload = Upload(self, blocks, self._leases.current(), **fields)
         results = self._upload(upload)
         if any(result.code == "ABORTED" for result in results):  # another daemon: it knows nothing of the lease
             self._leases.drop(upload.lease)
             left = [i for i, result in enumerate(results) if result.code != "OK"]
-            again = self._upload(_Upload(self, [blocks[i] for i in left], None, **fields))
+            again = self._upload(Upload(self, [blocks[i] for i in left], None, **fields))
             for i, result in zip(left, again, strict=True):
                 results[i] = result
         if any(result.code == "FAILED_PRECONDITION" for result in results):
             self._registered.clear()  # perhaps the daemon lost its store, and the model with it
         return results
 
-    def _upload(self, upload: "_Upload") -> list[pb.PutResult]:
+    def _upload(self, upload: Upload) -> list[pb.PutResult]:
         """One result for each block."""
         reason = "nobody answers (circuit breaker is open)"
         try:
@@ -321,7 +322,8 @@ class Client:
             reason = str(error)
             log.warning("put failed: %s", error)
         finally:
-            upload.close()
+            if upload.close():  # nobody knows whether the daemon still reads slots of ours
+                self._leases.drop(upload.lease)
         return upload.results + upload.unanswered(reason)
 
     def delete(self, hashes: Sequence[bytes]) -> int:
@@ -387,92 +389,6 @@ class _Attempt:
             breaker.succeeded()
         else:
             breaker.failed()
-
-
-class _Upload:
-    """The sending side of a Put: headers and data, never more than the window ahead of the results.
-
-    lease: whose slots blocks go in, as far as some are free. fields: of every header, beside those that describe the
-    block.
-    """
-
-    def __init__(self, client: Client, blocks: Sequence[Block], lease: Lease | None, **fields: Any) -> None:
-        self._client, self.lease, self._fields = client, lease, fields
-        self._blocks = blocks
-        self._headers = [self._header(block) for block in blocks]  # here, where the caller can be told
-        self._room = threading.Condition()
-        self._in_flight: list[pb.Header] = []  # sent and not answered
-        self._closed = False
-        self.results: list[pb.PutResult] = []
-
-    def parts(self) -> Iterator[Part]:
-        """Runs in a thread of gRPC's."""
-        for block, header in zip(self._blocks, self._headers, strict=True):
-            if not self._wait_for_room(header):
-                return
-            slot = self.lease.write(block.tensors, header.data_bytes) if self.lease else None
-            if self.lease and slot is not None:
-                header.slot, header.lease = slot, self.lease.id
-                yield header
-            else:
-                yield header
-                yield from tensors.pieces(block.tensors, CHUNK_BYTES)
-
-    def _header(self, block: Block) -> pb.Header:
-        described = tensors.describe(block.tensors)
-        return pb.Header(
-            model_id=self._client.model_id,
-            namespace=self._client.namespace,
-            block_hash=block.block_hash,
-            parent_hash=block.parent_hash,
-            index=block.index,
-            token_ids=block.token_ids,
-            n_tokens=len(block.token_ids),
-            first_position=block.first_position,
-            fidelity=block.fidelity.to_proto(),
-            lineage=kind_to_proto(block.lineage),
-            boundary=block.boundary,
-            tensors=described,
-            data_bytes=tensors.nbytes(described),
-            **self._fields,
-        )
-
-    def _wait_for_room(self, header: pb.Header) -> bool:
-        limit = self._client.limits.in_flight_bytes - header.data_bytes
-        with self._room:
-            self._room.wait_for(lambda: self._closed or not self._in_flight or self._sent_bytes() <= limit)
-            self._in_flight.append(header)
-            return not self._closed
-
-    def _sent_bytes(self) -> int:
-        return sum(header.data_bytes for header in self._in_flight)
-
-    def answered(self, result: pb.PutResult) -> bool:
-        """Takes a result; False for one that answers nothing."""
-        with self._room:
-            if not self._in_flight:
-                return False
-            header = self._in_flight.pop(0)
-            if self.lease and header.HasField("slot"):
-                self.lease.give_back(header.slot)
-            self.results.append(result)
-            self._room.notify_all()
-            return True
-
-    def close(self) -> None:
-        with self._room:
-            self._closed = True
-            self._room.notify_all()
-            is_unanswered = bool(self._in_flight)
-        if is_unanswered:  # nobody knows whether the daemon still reads slots of ours
-            self._client._leases.drop(self.lease)
-
-    def unanswered(self, reason: str) -> list[pb.PutResult]:
-        """Refusals for all blocks that got no result, sent or not."""
-        return [
-            pb.PutResult(block_hash=b.block_hash, outcome=pb.OUTCOME_REFUSED, code="UNAVAILABLE", message=reason)
-            for b in self._blocks[len(self.results) :]
-        ]
 
 
 def _printable(request_id: str) -> str:

@@ -172,10 +172,11 @@ class Lease:
 
     def end(self) -> None:
         """The daemon takes all slots back. What lies in them stays readable here."""
-        if self.pid == os.getpid():
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
+        if self.pid != os.getpid():
+            self.connection.close()  # and no more: the connection is our parent's
+            return
+        with suppress(OSError):  # closed when nobody has it: while a thread sends, its number must not be another's
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 class Leases:
@@ -198,11 +199,18 @@ class Leases:
                 self._lease.end()
                 self._lease = None
             if self._lease is None and self._attaching is None and time.monotonic() >= self._next_try:
-                self._attaching = threading.Thread(
-                    target=self._attach, args=(self._path,), name="kvcached-attach", daemon=True
-                )
-                self._attaching.start()
+                self._attaching = self._started(self._path)
             return self._lease
+
+    def _started(self, path: Path) -> threading.Thread | None:
+        """A try to attach; None if the system has no thread left."""
+        thread = threading.Thread(target=self._attach, args=(path,), name="kvcached-attach", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._next_try = time.monotonic() + _PAUSE_SECONDS
+            return None
+        return thread
 
     def wait(self, seconds: float) -> Lease | None:
         """The same, once a try that is under way or due is over."""
