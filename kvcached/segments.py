@@ -12,8 +12,6 @@ import sys
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-
 from kvcached_client.segments import PAGE_BYTES, mapped, rounded
 
 MAX_NAME_BYTES = 31  # of shm_open on macOS, the slash included
@@ -25,10 +23,8 @@ def create(n_bytes: int, platform: str = sys.platform) -> int:
 
 
 def share(fd: int) -> mmap.mmap:
-    """All of it, mapped here, with its pages there already: the first touch costs more than many copies."""
-    memory = mapped(fd, os.fstat(fd).st_size // PAGE_BYTES * PAGE_BYTES)
-    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 0
-    return memory
+    """All of it, mapped here, with its pages there already."""
+    return mapped(fd, os.fstat(fd).st_size // PAGE_BYTES * PAGE_BYTES)
 
 
 def _memfd(n_bytes: int) -> int:
