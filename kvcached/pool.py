@@ -212,15 +212,17 @@ class WorkerPool:
     def __init__(self, n_workers: int, limit_bytes: int, device: Device = CPU) -> None:
         self.puts, self.gets, self.device = ByteBudget(limit_bytes), ByteBudget(limit_bytes), device
         self.n_workers = n_workers
-        self._changed = threading.Condition()  # guards what follows
+        self._lock = threading.Lock()  # guards what follows
+        self._work_came, self._get_came = threading.Condition(self._lock), threading.Condition(self._lock)
         self._waiting: dict[Lane, Turns[tuple[Future[Any], Callable[[], Any]]]] = {lane: Turns() for lane in Lane}
         self._closed = False
         self._pipelines: dict[bytes, Pipeline] = {}
         self._model_locks: dict[bytes, threading.Lock] = {}
-        lanes = {f"worker-{i}": tuple(Lane) for i in range(n_workers)} | {"worker-gets": (Lane.GET,)}
+        loops = {f"worker-{i}": (tuple(Lane), self._work_came) for i in range(n_workers)}
+        loops["worker-gets"] = ((Lane.GET,), self._get_came)
         self._threads = [
-            threading.Thread(target=self._work, args=(of_thread,), name=name, daemon=True)
-            for name, of_thread in lanes.items()
+            threading.Thread(target=self._work, args=of_thread, name=name, daemon=True)
+            for name, of_thread in loops.items()
         ]
         for thread in self._threads:
             thread.start()
@@ -233,17 +235,19 @@ class WorkerPool:
     def submit(self, lane: Lane, job: Callable[..., T], *args: Any, client: Hashable = None) -> Future[T]:
         """Runs a job in a worker, in the turn of a client. Raises ShuttingDownError once the pool is closed."""
         future: Future[T] = Future()
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise ShuttingDownError("the daemon is shutting down")
             self._waiting[lane].add(client, (future, lambda: job(*args)))
-            self._changed.notify_all()
+            self._work_came.notify()  # one of each kind: all who wake want the interpreter at once
+            if lane == Lane.GET:
+                self._get_came.notify()
         return future
 
     def pipeline(self, spec: ModelSpec, build: Callable[[ModelSpec], Pipeline] = Pipeline) -> Pipeline:
         """The pipeline of a model: built once, however many ask at the same time; a failed build is tried again."""
         model_id = spec.model_id
-        with self._changed:
+        with self._lock:
             model_lock = self._model_locks.setdefault(model_id, threading.Lock())
         with model_lock:
             if model_id not in self._pipelines:
@@ -257,24 +261,25 @@ class WorkerPool:
 
     def close(self) -> None:
         """Finishes the jobs that run, drops those that wait."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             dropped = [waiting.take()[0] for waiting in self._waiting.values() for _ in range(len(waiting))]
-            self._changed.notify_all()
+            self._work_came.notify_all()
+            self._get_came.notify_all()
         for future in dropped:
             if future.set_running_or_notify_cancel():
                 future.set_exception(ShuttingDownError("dropped: the daemon is shutting down"))
         for thread in self._threads:
             thread.join()
 
-    def _next(self, lanes: Sequence[Lane]) -> tuple[Future[Any], Callable[[], Any]] | None:
+    def _next(self, lanes: Sequence[Lane], came: threading.Condition) -> tuple[Future[Any], Callable[[], Any]] | None:
         """Waits for the next job of some lanes, the first lane first; None at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(self._waiting[lane] for lane in lanes))
+        with came:
+            came.wait_for(lambda: self._closed or any(self._waiting[lane] for lane in lanes))
             return next((self._waiting[lane].take() for lane in lanes if self._waiting[lane]), None)
 
-    def _work(self, lanes: Sequence[Lane]) -> None:
-        while (found := self._next(lanes)) is not None:
+    def _work(self, lanes: Sequence[Lane], came: threading.Condition) -> None:
+        while (found := self._next(lanes, came)) is not None:
             future, job = found
             if not future.set_running_or_notify_cancel():  # nobody wants it any more
                 continue

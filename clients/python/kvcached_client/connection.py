@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
+import grpc.experimental
 
 from . import protocol
 from ._proto import kvcached_pb2 as pb
@@ -42,7 +43,9 @@ class Connection:
         self.target = check_target(target or default_target())
         # A local daemon is there at once or not at all; gRPC's default back-off (up to 2 minutes) outlasts restarts.
         backoff = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
-        self._channel = grpc.insecure_channel(self.target, options=[*protocol.CHANNEL_OPTIONS, *backoff])
+        # What Get answers is read on the thread that asks, and not handed over by one of gRPC's.
+        single = ((grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),)
+        self._channel = grpc.insecure_channel(self.target, options=[*protocol.CHANNEL_OPTIONS, *backoff, *single])
         self._calls = {m.name: self._bind(m) for m in METHODS.values()}
         self._names = ((protocol.CLIENT_KEY, uuid.uuid4().hex),)  # whoever has many calls under way is still one
         self._closed = False
