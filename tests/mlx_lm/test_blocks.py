@@ -1,6 +1,7 @@
 """Every class of mlx-lm's caches through blocks and back, on the mlx-lm that is installed: exact or refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support import same_tensors
 from kvcached.codec import rope
 from kvcached_client import ROOT, Block, LayerKind, ModelSpec, chain_hashes
 from kvcached_mlx import UnsupportedCacheError, fresh_cache, model_spec
-from kvcached_mlx.blocks import from_blocks, take, to_blocks
+from kvcached_mlx.blocks import from_blocks, own, take, to_blocks
 from kvcached_mlx.tree import to_mlx, to_numpy
 
 BLOCK = 16
@@ -30,13 +31,24 @@ def spec_of(model: Any, config: dict[str, Any], directory: Path, **options: Any)
 def round_trip(
     model: Any, spec: ModelSpec, make_cache: Any, tokens: list[int] = TOKENS
 ) -> tuple[mx.array, mx.array, list[Block]]:
-    """Logits of a continuation on the original cache and on the restored one, and the blocks between."""
+    """Logits of a continuation on the original cache and on the restored one, and the blocks between.
+
+    It is restored twice: from blocks as they came, and from blocks whose memory went back.
+    """
     cache = make_cache()
     prefill(model, cache, tokens)
     blocks = to_blocks(spec, tokens, chain_hashes(tokens, BLOCK), cache)
-    restored = make_cache()
+    restored, from_own = make_cache(), make_cache()
     from_blocks(spec, blocks, restored)
-    return prefill(model, cache, NEXT), prefill(model, restored, NEXT), blocks
+    lent = [{name: array.copy() for name, array in block.tensors.items()} for block in blocks]
+    owned = [own(replace(b, tensors=tensors), for_mlx=True) for b, tensors in zip(blocks, lent, strict=True)]
+    for tensors in lent:
+        for array in tensors.values():
+            array.reshape(-1).view(np.uint8)[...] = 0xA5
+    from_blocks(spec, owned, from_own)
+    logits = prefill(model, restored, NEXT)
+    assert mx.array_equal(logits, prefill(model, from_own, NEXT))
+    return prefill(model, cache, NEXT), logits, blocks
 
 
 ONLY_FLOAT32 = ("gpt_oss", "llama4")  # mixtures of experts: mlx's CPU backend gathers in float32 alone
@@ -285,6 +297,20 @@ def test_blocks_that_miss_a_tensor_are_refused(tmp_path: Path) -> None:
         from_blocks(spec, blocks[:-1], fresh_cache(model))
     with pytest.raises(UnsupportedCacheError, match="a window after 80 tokens, expected 32"):
         from_blocks(spec, [blocks[0], blocks[-1]], fresh_cache(model))
+
+
+def test_a_block_that_mlx_has_no_arrays_for_is_refused() -> None:
+    block = Block(bytes(32), ROOT, 0, (), {"x": np.array([None])}, 0)
+    with pytest.raises(UnsupportedCacheError, match="none of mlx's"):
+        own(block, for_mlx=True)
+
+
+@pytest.mark.parametrize("for_mlx", [False, True])
+def test_a_compacted_block_stays_numpys_in_memory_of_its_own(for_mlx: bool) -> None:
+    block = Block(bytes(32), ROOT, 0, (), {"keys": np.ones((3, 2)), "lengths": np.ones((1, 1), np.int32)}, 0)
+    kept = own(block, for_mlx=for_mlx).tensors
+    assert same_tensors(dict(kept), dict(block.tensors))
+    assert not any(np.shares_memory(kept[name], array) for name, array in block.tensors.items())
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32, mx.uint32, mx.int64, mx.bool_], ids=str)

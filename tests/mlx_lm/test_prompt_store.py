@@ -1,7 +1,10 @@
 """PromptStore with a real daemon: what is offloaded comes back, and what goes wrong costs nothing but speed."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import pytest
 from mlx_models import build, prefill, save
 from support import DaemonProcess
 
-from kvcached_client import Client, ModelSpec
-from kvcached_mlx import PromptStore, fresh_cache, model_spec
+from kvcached_client import Block, Client, FidelityKind, ModelSpec
+from kvcached_mlx import Policy, PromptStore, fresh_cache, model_spec
 
 BLOCK = 16
 TOKENS = [int(t) for t in np.random.default_rng(3).integers(0, 64, 5 * BLOCK + 3)]
@@ -218,3 +221,33 @@ def test_what_the_daemon_has_lost_is_offloaded_again(
     assert sent(store, TOKENS, cache) == 3
     assert daemon.status().store.n_blocks == 5
     assert daemon.status().counters["lookup_tokens_total"] == 0  # nobody looked anything up
+
+
+@pytest.mark.parametrize("accepts_compacted", [False, True])
+def test_the_memory_of_a_block_is_let_go_of_before_the_next_one_but_one_comes(
+    llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess, accepts_compacted: bool
+) -> None:
+    """The daemon has few slots, and wants each back for another block of the same prefix."""
+    model, _ = llama
+    offloaded(store, model, TOKENS)
+    held: list[int] = []
+
+    class Watching(Client):
+        def get_longest_prefix(self, hashes: Any, **kwargs: Any) -> Iterator[Block]:
+            came: list[weakref.ref[np.ndarray]] = []
+            for block in super().get_longest_prefix(hashes, **kwargs):
+                tensors = {name: array.copy() for name, array in block.tensors.items()}
+                came += map(weakref.ref, tensors.values())
+                yield replace(block, tensors=tensors)
+                del block, tensors
+                gc.collect()
+                held.append(sum(array() is not None for array in came))
+
+    other = PromptStore(model, Watching(store.spec, target=daemon.target), policy=Policy(floor=FidelityKind.CODED))
+    if accepts_compacted:
+        other.policy = Policy(floor=FidelityKind.COMPACTED)
+    cache, n_tokens = other.restore(TOKENS)
+    assert n_tokens == 5 * BLOCK
+    assert cache[0].offset == n_tokens
+    assert len(held) == 5
+    assert max(held) <= 2  # the tensors of the block that was asked for last

@@ -10,7 +10,7 @@ What does not fit the ModelSpec is refused with a reason, never stored in anothe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -125,6 +125,21 @@ def to_blocks(
     return [taken.block(index) for index in taken.indices]
 
 
+def own(block: Block, *, for_mlx: bool) -> Block:
+    """A block that came from the daemon, out of the memory that it came in, which is wanted back for the next one.
+
+    for_mlx: its tensors are mlx arrays then, with which `from_blocks` makes a copy less, unless a block is compacted.
+
+    Raises:
+        UnsupportedCacheError: mlx has no such arrays.
+    """
+    take = tree.to_mlx if for_mlx and "lengths" not in block.tensors else np.array
+    try:
+        return replace(block, tensors={name: take(array) for name, array in block.tensors.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedCacheError(f"a tensor of the block is none of mlx's: {error}") from None
+
+
 def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: list[Any]) -> None:
     """Fills a fresh prompt cache with consecutive blocks from the first one on. Inverse of `to_blocks`.
 
@@ -138,12 +153,12 @@ def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: list[Any]) -> N
     try:
         per_block = [_opaque(block.tensors) if compacted else _split_dense(spec, block.tensors) for block in blocks]
         arrays: dict[str, Any] = {
-            name: tree.to_mlx(np.concatenate([tensors[name] for tensors in per_block], axis=_TOKEN_AXIS - 1)[None])
+            name: _joined([tensors[name] for tensors in per_block], axis=_TOKEN_AXIS - 1)[None]
             for name in per_block[-1]
             if not name.startswith("state.")
         }
         arrays |= {
-            name.removeprefix("state."): tree.to_mlx(array)
+            name.removeprefix("state."): tree.to_mlx(array) if isinstance(array, np.ndarray) else array
             for name, array in per_block[-1].items()
             if name.startswith("state.")
         }
@@ -160,6 +175,13 @@ def from_blocks(spec: ModelSpec, blocks: Sequence[Block], cache: list[Any]) -> N
     except (KeyError, ValueError, IndexError) as error:
         raise UnsupportedCacheError(f"the blocks do not make a cache of this model: {error!r}") from None
     mx.eval(list(arrays.values()))
+
+
+def _joined(parts: Sequence[Any], axis: int) -> Any:
+    """One mlx array of NumPy's, or of mlx's own."""
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return tree.to_mlx(np.concatenate(parts, axis))
+    return mx.concatenate(list(parts), axis)
 
 
 def dense_rows(spec: ModelSpec, cache: Sequence[Any], start: int, stop: int) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ def _time_restore(
     if any(result.code != "OK" for result in results):
         return 0.0
     start = time.perf_counter()
-    fetched = [block for block in probe.get(hashes) if block]
+    fetched = [blocks.own(block, for_mlx=True) for block in probe.get(hashes) if block]
     if len(fetched) == len(hashes):
         blocks.from_blocks(spec, fetched, make_cache())
         seconds = time.perf_counter() - start

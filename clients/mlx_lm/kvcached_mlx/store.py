@@ -73,8 +73,8 @@ class PromptStore:
         cache, n_tokens, n_bytes = self._make_cache(), 0, 0
         if self._sender.closed:
             return cache, n_tokens
-        fetched = self._fetch(token_ids, n_local)
         try:
+            fetched = self._fetch(token_ids, n_local)
             if fetched:
                 start = time.perf_counter()
                 blocks.from_blocks(self.spec, fetched.blocks, cache)
@@ -103,16 +103,15 @@ class PromptStore:
         if len(hashes) * size <= paying:
             return None
         start, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
-        fetched = list(
-            self.client.get_longest_prefix(
-                hashes,
-                at_least=int(paying // size) + 1,
-                floor=self.policy.floor,
-                accepts_compacted=self.policy.accepts_compacted,
-                request_id=request_id,
-                timeout=self.break_even.patience(n_local, len(hashes) * size),
-            )
+        came = self.client.get_longest_prefix(
+            hashes,
+            at_least=int(paying // size) + 1,
+            floor=self.policy.floor,
+            accepts_compacted=self.policy.accepts_compacted,
+            request_id=request_id,
+            timeout=self.break_even.patience(n_local, len(hashes) * size),
         )
+        fetched = [blocks.own(block, for_mlx=not self.policy.accepts_compacted) for block in came]
         n_blocks, n_tokens = self._usable(fetched, len(token_ids))
         if n_tokens <= n_local or n_tokens < self.policy.min_tokens:
             return None
