@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ ENGINE = Path(__file__).with_name("engine.py")
 console = Console(highlight=False)
 
 
-def start_daemon(directory: Path, *flags: str) -> tuple["subprocess.Popen[bytes]", str]:
-    """A daemon that answers, and its address."""
+def start_daemon(
+    directory: Path, *flags: str, program: Sequence[str] = ("-m", "kvcached")
+) -> tuple["subprocess.Popen[bytes]", str]:
+    """A daemon that answers, and its address. program: what Python is to run."""
     socket = directory / "run/kvcached.sock"
-    command = [sys.executable, "-m", "kvcached", "--store-path", str(directory / "store"), "--log-level", "warning"]
+    command = [sys.executable, *program, "--store-path", str(directory / "store"), "--log-level", "warning"]
     command += ["--http-port", "0", *flags]
     process = subprocess.Popen([*command, "--socket-path", str(socket)])
     atexit.register(process.kill)  # whatever goes wrong, nothing is left behind

@@ -73,9 +73,9 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 @contextmanager
-def running(directory: Path, *flags: str) -> Iterator[tuple[str, int]]:
-    """A daemon of its own: its address and pid."""
-    process, target = start_daemon(directory, *flags)
+def running(directory: Path, *flags: str, program: Sequence[str] = ("-m", "kvcached")) -> Iterator[tuple[str, int]]:
+    """A daemon of its own: its address and pid. program: see start_daemon."""
+    process, target = start_daemon(directory, *flags, program=program)
     try:
         yield target, process.pid
     finally:

@@ -1,10 +1,11 @@
 """Both roads of a block to its client, through shared memory and in the stream, against copying its bytes.
 
-raw: bytes that no coder makes smaller, so that nothing but the road is timed; exact: a 7B-shaped block, decoded. The
-client takes views, and reads a byte of each page of them.
+raw: blocks that the daemon has decoded in memory, so that they cost it a copy and nothing but the road is timed; exact:
+7B-shaped blocks of random numbers, decoded. The client takes views, and reads a byte of each page of them.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +13,52 @@ import numpy as np
 from perf_base import Scale, checked, interleaved, ratio, running, spread
 from perf_shapes import SHAPES, random_chain
 
-from kvcached_client import ROOT, Block, Client, Fingerprint, LayerSpec, Limits, ModelSpec
+from kvcached_client import Block, Client, Limits
 
-RAW_BYTES, N_RAW = 14_700_000, 4
+SHAPE = SHAPES[0]  # 14.7 MB a block
+N_RAW, N_EXACT = 16, 4
 _PAGE = 4096
-RAW_SPEC = ModelSpec(Fingerprint(weights="raw"), "float16", 16, (LayerSpec(n_kv_heads=1, key_dim=8, value_dim=8),))
-
-
-def has_shared_memory() -> bool:
-    return "segment_bytes" in Limits.__dataclass_fields__
+_DAEMON = Path(__file__).with_name("perf_raw_daemon.py")
 
 
 def measure(scale: Scale, directory: Path) -> dict[str, Any]:
-    """Ratios of speeds; those of the shared-memory road are None where there is none."""
-    with running(directory, "--quota-bytes", "2GiB") as (target, _):
-        seconds = _raw(target, scale.rounds) | _exact(target, scale.rounds)
-    shared = has_shared_memory()
+    """Ratios of speeds."""
+    with running(directory / "raw", "--quota-bytes", "2GiB", program=[str(_DAEMON)]) as (target, _):
+        seconds = _raw(target, scale.rounds)
+    with running(directory / "exact", "--quota-bytes", "2GiB") as (target, _):
+        seconds |= _exact(target, scale.rounds)
     return {
-        "shm_over_inband": ratio(seconds["raw_inband"], seconds["raw_shm"]) if shared else None,
-        "shm_over_memcpy": ratio(seconds["memcpy"], seconds["raw_shm"]) if shared else None,
+        "shm_over_inband": ratio(seconds["raw_inband"], seconds["raw_shm"]),
+        "shm_over_memcpy": ratio(seconds["memcpy"], seconds["raw_shm"]),
         "inband_over_memcpy": ratio(seconds["memcpy"], seconds["raw_inband"]),
-        "exact_decoded_shm_over_inband": ratio(seconds["exact_inband"], seconds["exact_shm"]) if shared else None,
-        "raw_bytes": N_RAW * RAW_BYTES,
+        "exact_decoded_shm_over_inband": ratio(seconds["exact_inband"], seconds["exact_shm"]),
+        "raw_bytes": N_RAW * _block_bytes(),
         "seconds": {name: spread(each) for name, each in seconds.items()},
     }
 
 
-def _roads(spec: ModelSpec, target: str) -> dict[str, Client]:
-    inband = Limits(**({"segment_bytes": 0} if has_shared_memory() else {}))
-    roads = {"inband": Client(spec, target=target, limits=inband)}
-    return roads | ({"shm": Client(spec, target=target)} if has_shared_memory() else {})
+def _block_bytes() -> int:
+    shapes = SHAPE.spec.dense_shapes().values()
+    return sum(2 * prod(shape) for shape in shapes)
+
+
+def _roads(target: str) -> dict[str, Client]:
+    shared = Client(SHAPE.spec, target=target)
+    checked(shared._leases.wait(30.0) is not None, "no memory was lent")
+    return {"inband": Client(SHAPE.spec, target=target, limits=Limits(segment_bytes=0)), "shm": shared}
 
 
 def _raw(target: str, rounds: int) -> dict[str, list[float]]:
-    roads = _roads(RAW_SPEC, target)
-    rng = np.random.default_rng(0)
-    chain = _raw_chain(roads["inband"], rng)
-    source = rng.integers(0, 256, N_RAW * RAW_BYTES, np.uint8)
+    roads = _roads(target)
+    source = np.random.default_rng(0).integers(0, 256, N_RAW * _block_bytes(), np.uint8)
     copied = np.zeros_like(source)
     baseline = {"memcpy": lambda: np.copyto(copied, source)}
-    return _timed("raw", roads, chain, rounds, baseline)
+    return _timed("raw", roads, random_chain(roads["inband"], N_RAW), rounds, baseline)
 
 
 def _exact(target: str, rounds: int) -> dict[str, list[float]]:
-    roads = _roads(SHAPES[0].spec, target)
-    return _timed("exact", roads, random_chain(roads["inband"], N_RAW), rounds, {})
+    roads = _roads(target)
+    return _timed("exact", roads, random_chain(roads["inband"], N_EXACT), rounds, {})
 
 
 def _timed(
@@ -80,15 +82,3 @@ def _get(client: Client, hashes: Sequence[bytes]) -> int:
         total += sum(int(array.view(np.uint8).reshape(-1)[::_PAGE].sum()) for array in block.tensors.values())
         del block
     return total
-
-
-def _raw_chain(client: Client, rng: np.random.Generator) -> list[Block]:
-    parent, chain, size = ROOT, [], client.spec.block_size
-    tokens = list(range(N_RAW * size))
-    for index, block_hash in enumerate(client.chain(tokens)):
-        tensors = {name: np.zeros(shape, np.float16) for name, shape in client.spec.dense_shapes().items()}
-        tensors["raw"] = rng.integers(0, 256, RAW_BYTES, np.uint8)
-        own = tokens[index * size : (index + 1) * size]
-        chain.append(Block(block_hash, parent, index, own, tensors, index * size))
-        parent = block_hash
-    return chain
