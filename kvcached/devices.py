@@ -5,6 +5,7 @@ products only, and frames made on either device are read on both: see tests/code
 """
 
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def choose(setting: str) -> Device:
     """The device of a setting: "cpu"; "gpu"; or "auto", the faster one of what is here."""
     if setting == "cpu":
         return CPU
-    if (gpu := _gpu()) is None:
+    if (gpu := _gpu(is_asked_for=setting == "gpu")) is None:
         if setting == "gpu":
             log.warning("there is no GPU that mlx can use: the transform runs on the CPU")
         return CPU
@@ -90,8 +91,9 @@ def on_mlx(device: Any) -> Device:
     return Device("gpu" if device == mx.gpu else "mlx-cpu", lambda: MlxProduct(mx, device, lock))
 
 
-def _gpu() -> Device | None:
-    if find_spec("mlx") is None:
+def _gpu(*, is_asked_for: bool) -> Device | None:
+    """The GPU, if there is one. Looked for where there may be one: to import mlx takes as long as all else at start."""
+    if not (is_asked_for or sys.platform == "darwin") or find_spec("mlx") is None:
         return None
     import mlx.core as mx
 

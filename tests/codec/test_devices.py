@@ -180,7 +180,7 @@ def test_the_faster_device_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_the_cpu_is_taken_and_who_asked_for_one_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(devices, "_gpu", lambda: None)
+    monkeypatch.setattr(devices, "_gpu", lambda **_: None)
     assert [devices.choose(setting) for setting in ("auto", "cpu")] == [CPU, CPU]
     assert "no GPU" not in capsys.readouterr().out
     assert devices.choose("gpu") is CPU
@@ -190,7 +190,7 @@ def test_without_a_gpu_the_cpu_is_taken_and_who_asked_for_one_is_told(
 def test_a_gpu_that_is_asked_for_is_not_measured_and_one_that_may_be_used_is(monkeypatch: pytest.MonkeyPatch) -> None:
     product = Counted(lambda: None)
     gpu = Device("gpu", lambda: product)
-    monkeypatch.setattr(devices, "_gpu", lambda: gpu)
+    monkeypatch.setattr(devices, "_gpu", lambda **_: gpu)
     assert devices.choose("cpu") is CPU
     assert devices.choose("gpu") is gpu
     assert not product.n_calls
@@ -200,4 +200,14 @@ def test_a_gpu_that_is_asked_for_is_not_measured_and_one_that_may_be_used_is(mon
 
 def test_where_mlx_is_not_installed_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "find_spec", lambda _name: None)
-    assert devices.choose("auto") is CPU
+    assert [devices.choose(setting) for setting in ("auto", "gpu")] == [CPU, CPU]
+
+
+def test_where_there_is_no_metal_a_gpu_is_looked_for_only_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(devices, "find_spec", looked.append)
+    assert [devices.choose(setting) for setting in ("auto", "cpu")] == [CPU, CPU]
+    assert not looked
+    devices.choose("gpu")
+    assert looked == ["mlx"]
