@@ -12,8 +12,8 @@ import secrets
 import socket
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -241,23 +241,27 @@ class Lending:
         if len(hello) != HELLO.size or HELLO.unpack(hello)[0] != MAGIC:
             raise InvalidRequestError(f"not a request for a lease: {hello.hex() or 'nothing'}")
         memory, fd = self._created(HELLO.unpack(hello)[1])
-        try:
-            lease = Lease(memory)
-            connection.settimeout(_MAP_SECONDS)
-            answer = LENT.pack(MAGIC, lease.id, len(memory), lease.get_bytes)
-            socket.send_fds(connection, [answer], [fd])
-            if receive(connection, OFFSET.size) != OFFSET.pack(MAPPED):
-                raise InvalidRequestError("the memory was not mapped")
-        finally:
-            os.close(fd)  # not before the client has it: macOS drops descriptors on their way whose sender closed them
-        size = len(memory)
+        lease, size = Lease(memory), len(memory)
         del memory  # from here on it is the lease's, and goes with it
-        connection.settimeout(None)
+        with self._known(lease):  # before the client is told: it may name the lease as soon as it is
+            try:
+                connection.settimeout(_MAP_SECONDS)
+                answer = LENT.pack(MAGIC, lease.id, size, lease.get_bytes)
+                socket.send_fds(connection, [answer], [fd])
+                if receive(connection, OFFSET.size) != OFFSET.pack(MAPPED):
+                    raise InvalidRequestError("the memory was not mapped")
+            finally:
+                os.close(fd)  # not before the client has it: macOS drops descriptors whose sender closed them
+            connection.settimeout(None)
+            log.info("memory lent", size=size, n_leases=self.n_leases)
+            self._take_back(connection, lease)
+
+    @contextmanager
+    def _known(self, lease: Lease) -> Iterator[None]:
         with self._lock:
             self._leases[lease.id] = lease
-        log.info("memory lent", size=size, n_leases=len(self._leases))
         try:
-            self._take_back(connection, lease)
+            yield
         finally:
             with self._lock:
                 del self._leases[lease.id]
