@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 from impostors import impostor
-from support import DaemonProcess, chain, damage_frame, hashes_of, put_all, put_parts, same_tensors, tiny_spec
+from support import (
+    DaemonProcess,
+    chain,
+    damage_frame,
+    hashes_of,
+    put_all,
+    put_parts,
+    same_tensors,
+    tiny_spec,
+    wait_until,
+)
 
 from kvcached_client import Block, Client, FidelityKind, LayerKind, LayerSpec, Limits
 from kvcached_client._proto import kvcached_pb2 as pb
@@ -100,6 +110,21 @@ def test_a_consumer_that_has_enough_ends_the_call_and_the_client_goes_on(daemon:
         assert next(items).block_hash == blocks[0].block_hash
         items.close()  # type: ignore[attr-defined]
         assert len(prefix(client, hashes_of(blocks))) == 100
+
+
+@pytest.mark.parametrize("segment_bytes", [0, Limits().segment_bytes], ids=["in-band", "as it comes"])
+@pytest.mark.parametrize("call", ["get", "get_longest_prefix"])
+def test_what_a_consumer_who_left_did_not_take_is_not_decoded(
+    daemon: DaemonProcess, call: str, segment_bytes: int
+) -> None:
+    with Client(SPEC, target=daemon.target, limits=Limits(segment_bytes=segment_bytes)) as client:
+        blocks = put_all(client, chain(client, list(range(400)), ballast=100_000))
+        items = getattr(client, call)(hashes_of(blocks))
+        assert next(items).block_hash == blocks[0].block_hash
+        items.close()
+        assert wait_until(lambda: (pool := daemon.status().pool).n_jobs == pool.get_bytes == 0)
+        n_decoded = counters(daemon)['block_hits_total{fidelity="EXACT"}']
+        assert 1 <= n_decoded < len(blocks) / 2  # some were under way
 
 
 # ---- daemons that are not as they should be

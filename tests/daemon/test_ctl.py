@@ -49,6 +49,19 @@ def test_status_as_json_has_the_fields_of_the_protocol(filled: DaemonProcess) ->
     assert status["uptime_seconds"] > 0
 
 
+def test_status_names_the_device_that_is_used(daemon: DaemonProcess) -> None:
+    daemon.restart("--device", "cpu")
+    assert daemon.status().pool.device == "cpu"
+    assert "workers, cpu" in " ".join(ctl(daemon, "status").stdout.split())
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there may be a GPU that mlx can use")
+def test_a_daemon_that_is_told_to_use_a_gpu_that_is_not_there_says_so_and_serves(daemon: DaemonProcess) -> None:
+    daemon.restart("--device", "gpu")
+    assert daemon.status().pool.device == "cpu"
+    assert "there is no GPU that mlx can use" in daemon.log.read_text()
+
+
 def test_check_passes_on_a_sound_store(filled: DaemonProcess) -> None:
     result = ctl(filled, "check", "--frames")
     assert (result.returncode, result.stdout) == (0, "0 problems in 3 blocks, 3 frames decoded\n")

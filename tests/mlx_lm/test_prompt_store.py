@@ -3,7 +3,7 @@
 import gc
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_models import build, prefill, save
-from support import DaemonProcess
+from support import DaemonProcess, wait_until
 
 from kvcached_client import Block, Client, FidelityKind, ModelSpec
 from kvcached_mlx import Policy, PromptStore, fresh_cache, model_spec
@@ -221,6 +221,26 @@ def test_what_the_daemon_has_lost_is_offloaded_again(
     assert sent(store, TOKENS, cache) == 3
     assert daemon.status().store.n_blocks == 5
     assert daemon.status().counters["lookup_tokens_total"] == 0  # nobody looked anything up
+
+
+def test_a_restore_is_one_call(llama: tuple[Any, ModelSpec], store: PromptStore, daemon: DaemonProcess) -> None:
+    model, _ = llama
+    offloaded(store, model, TOKENS)
+    other = another(store, model, daemon.target)
+
+    def calls() -> dict[str, float]:
+        counters = daemon.status().counters
+        return {method: _calls(counters, method) for method in ("Match", "Get")}
+
+    before = calls()
+    for n_local, n_restored in [(0, 5 * BLOCK), (5 * BLOCK - 1, 5 * BLOCK), (5 * BLOCK, 0)]:
+        assert other.restore(TOKENS, n_local=n_local)[1] == n_restored
+    after = {"Match": before["Match"], "Get": before["Get"] + 2}  # none where nothing can be gained
+    assert wait_until(lambda: calls() == after), calls()  # counted when the call ends, which nobody waits for
+
+
+def _calls(counters: Mapping[str, float], method: str) -> float:
+    return sum(n for name, n in counters.items() if name.startswith(f'rpc_requests_total{{method="{method}"'))
 
 
 @pytest.mark.parametrize("accepts_compacted", [False, True])
